@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data.paths import ConfigPath
 from data.sources import SourceConfig
 
 
@@ -35,8 +36,8 @@ class SharedConfig(Section):
     """What stands once at the top of a run's YAML."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="run folder runs/<name>")
-    base_model: str = Field(description="folder, hub id, or stage:toy for the built-in toy model")
-    chat_template: str | None = Field(
+    base_model: ConfigPath = Field(description="folder, hub id, or stage:toy for the built-in toy model")
+    chat_template: ConfigPath | None = Field(
         None, description="a built-in template's name or a Jinja file; default: the tokenizer's own, else `simple`"
     )
     seed: int = 0
@@ -61,17 +62,11 @@ class SharedConfig(Section):
     )
 
 
-class StageSection(Section):
-    """What every training stage may set for itself."""
+class TrainingSection(Section):
+    """What every training stage sets for itself."""
 
     tuning: Tuning | None = Field(None, description="overrides the run's tuning for this stage")
 
 
-class HoldoutFile(Section):
-    """A holdout given as rows of its own."""
-
-    path: str
-    columns: dict[str, str] = {}
-
-
-Holdout = Annotated[float, Field(ge=0, lt=1)] | HoldoutFile | SourceConfig
+Holdout = Annotated[float, Field(ge=0, lt=1)] | SourceConfig
+"""A seeded share of the rows, or rows of their own."""

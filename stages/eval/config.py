@@ -1,0 +1,28 @@
+"""The `eval:` section of a run's config."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from data.paths import ConfigPath
+from data.sources import SourceConfig
+from stages.core.config import Section
+from stages.core.reward_config import RewardConfig
+
+
+class EvalConfig(Section):
+    """Policies side by side on prompts none of them was trained on."""
+
+    prompts: Annotated[list[SourceConfig], Field(min_length=1)]
+    policies: Annotated[dict[str, ConfigPath], Field(min_length=1)] = Field(
+        {"sft": "stage:sft", "ppo": "stage:ppo"},
+        description="name -> stage, folder or hub id; the first is the reference",
+    )
+    scores: dict[str, RewardConfig] = Field(
+        {"score": RewardConfig(model="rm")},
+        description="column -> reward model or function; nothing is trained on them",
+    )
+    pairs: list[SourceConfig] = Field([], description="preference pairs on which every reward model is checked")
+    max_prompts: Annotated[int, Field(ge=1)] = 256
+    response_length: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
