@@ -1,0 +1,209 @@
+"""Attention over packed tokens: every linear layer runs on real tokens only, attention alone is padded.
+
+Documents stand one after the other in one row of N tokens. The function below is registered with transformers'
+AttentionInterface, so any model that passes keyword arguments down to its attention can use it; the layout of the
+documents travels as the keyword `layout`. In decoding, the same function reads and extends a key/value cache, so a
+step costs one token per unfinished response.
+
+Legend: B documents, N packed tokens, L longest document, H heads, G key/value heads, E head size, C cache capacity.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from data.errors import UserError
+
+NAME = "packed"
+# A document shorter than this share of its bucket's longest opens a new bucket: padding at most doubles attention.
+BUCKET_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of similar length, padded together inside attention."""
+
+    shape: tuple[int, int]  # documents, longest
+    tokens_M: Tensor  # which of the N packed tokens belong here
+    slots_M: Tensor  # where each stands in the padded, flattened documents x longest
+
+
+class KvCache:
+    """Keys and values of B unfinished sequences, one pair of tensors a layer, right-padded to a fixed capacity."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.keys: dict[int, Tensor] = {}  # layer -> BGCE
+        self.values: dict[int, Tensor] = {}
+        self.lengths_B = torch.empty(0, dtype=torch.long)
+
+    def fill(self, layer: int, keys_BGLE: Tensor, values_BGLE: Tensor) -> None:
+        """Stores a layer's keys and values of the prompts."""
+        batch, groups, longest, size = keys_BGLE.shape
+        for store, new in ((self.keys, keys_BGLE), (self.values, values_BGLE)):
+            store[layer] = new.new_zeros(batch, groups, self.capacity, size)
+            store[layer][:, :, :longest] = new
+
+    def append(self, layer: int, keys_BGE: Tensor, values_BGE: Tensor) -> None:
+        """Stores one more token a sequence, at `lengths_B`."""
+        rows_B = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
+        self.keys[layer][rows_B, :, self.lengths_B] = keys_BGE
+        self.values[layer][rows_B, :, self.lengths_B] = values_BGE
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keeps the sequences in `rows_B`, in that order; a row may be named several times."""
+        for store in (self.keys, self.values):
+            for layer, tensor in store.items():
+                store[layer] = tensor.index_select(0, rows_B)
+        self.lengths_B = self.lengths_B.index_select(0, rows_B)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How N packed tokens divide into documents; with a cache, what of it to write and read."""
+
+    buckets: tuple[Bucket, ...] = ()
+    restore_N: Tensor | None = None  # undoes the buckets' order; None where there is one bucket
+    cache: KvCache | None = None
+    decoding: bool = False  # one new token for each sequence in the cache
+
+
+def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | None = None) -> Layout:
+    """The layout of documents of these lengths, packed in order; with `cache`, a prefill that fills it."""
+    lengths_B = torch.tensor(lengths)
+    starts_B = lengths_B.cumsum(0) - lengths_B
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    groups: list[list[int]] = []
+    for row in order:
+        if cache is not None or (groups and lengths[row] >= BUCKET_SHARE * lengths[groups[-1][0]]):
+            groups = groups or [[]]
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    buckets: list[Bucket] = []
+    for group in groups:
+        rows = sorted(group)
+        longest = max(lengths[row] for row in rows)
+        tokens = torch.cat([torch.arange(lengths[row]) + starts_B[row] for row in rows])
+        slots = torch.cat([torch.arange(lengths[row]) + place * longest for place, row in enumerate(rows)])
+        buckets.append(Bucket((len(rows), longest), tokens.to(device), slots.to(device)))
+    restore_N = None
+    if len(buckets) > 1:
+        restore_N = torch.cat([bucket.tokens_M for bucket in buckets]).argsort()
+    if cache is not None:
+        cache.lengths_B = lengths_B.to(device)
+    return Layout(tuple(buckets), restore_N, cache)
+
+
+def decode_layout(cache: KvCache) -> Layout:
+    """The layout of one decoding step: token b continues sequence b of the cache."""
+    return Layout(cache=cache, decoding=True)
+
+
+def _padded(bucket: Bucket, packed_NHE: Tensor, whole: bool) -> Tensor:
+    """A bucket's documents as BHLE, zeros after each end."""
+    batch, longest = bucket.shape
+    rows_MHE = packed_NHE if whole else packed_NHE.index_select(0, bucket.tokens_M)
+    if len(bucket.slots_M) < batch * longest:
+        empty = rows_MHE.new_zeros(batch * longest, *rows_MHE.shape[1:])
+        rows_MHE = empty.index_copy(0, bucket.slots_M, rows_MHE)
+    return rows_MHE.view(batch, longest, *rows_MHE.shape[1:]).transpose(1, 2)
+
+
+def _window_mask(longest: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The causal mask of sliding-window attention, or None where the window does not bind."""
+    if window is None or longest <= window:
+        return None
+    distance_LL = torch.arange(longest, device=device)[:, None] - torch.arange(longest, device=device)[None, :]
+    return (distance_LL >= 0) & (distance_LL < window)
+
+
+def _attend_documents(
+    layout: Layout,
+    packed: tuple[Tensor, Tensor, Tensor],
+    *,
+    layer: int,
+    scale: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """Causal attention inside each document; returns NHE."""
+    outputs: list[Tensor] = []
+    for bucket in layout.buckets:
+        query, key, value = (_padded(bucket, each, len(layout.buckets) == 1) for each in packed)
+        if layout.cache is not None:
+            layout.cache.fill(layer, key, value)
+        mask = _window_mask(query.shape[2], window, query.device)
+        out_BHLE = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        outputs.append(out_BHLE.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_M))
+    if layout.restore_N is None:
+        return outputs[0]
+    return torch.cat(outputs).index_select(0, layout.restore_N)
+
+
+def _attend_cache(
+    cache: KvCache, new: tuple[Tensor, Tensor, Tensor], *, layer: int, scale: float | None, window: int | None
+) -> Tensor:
+    """Attention of each sequence's newest token over its cache; returns BHE. Reads lengths_B, does not advance it."""
+    query_BHE, key_BGE, value_BGE = new
+    cache.append(layer, key_BGE, value_BGE)
+    used = int(cache.lengths_B.max()) + 1
+    place_C = torch.arange(used, device=query_BHE.device)
+    visible_BC = place_C <= cache.lengths_B[:, None]
+    if window is not None:
+        visible_BC &= place_C > cache.lengths_B[:, None] - window
+    # The heads that share a key/value head are laid out as queries: no repeated keys.
+    batch, groups, size = key_BGE.shape
+    out = scaled_dot_product_attention(
+        query_BHE.view(batch, groups, -1, size),
+        cache.keys[layer][:, :, :used],
+        cache.values[layer][:, :, :used],
+        attn_mask=visible_BC[:, None, None, :],
+        scale=scale,
+    )
+    return out.reshape(batch, -1, out.shape[-1])
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """Attention output 1NHE for query 1HNE and key/value 1GNE, by the `layout` among the model's keyword arguments.
+
+    On a CPU in bfloat16 the products run in float32, which is nearly twice as fast there.
+    """
+    layout = options.get("layout")
+    if not isinstance(layout, Layout):
+        raise UserError(
+            f"packing=true: {type(module).__name__} does not pass keyword arguments to its attention; set packing=false"
+        )
+    for name in ("softcap", "s_aux", "sinks"):
+        if options.get(name) is not None:
+            raise UserError(f"packing=true: {type(module).__name__} needs attention with {name}; set packing=false")
+    upcast = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    packed = tuple(each[0].transpose(0, 1).to(torch.float32 if upcast else each.dtype) for each in (query, key, value))
+    scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)
+    if layout.decoding:
+        assert layout.cache is not None
+        out = _attend_cache(layout.cache, packed, layer=layer, scale=scale, window=window)
+    else:
+        dropout = float(options.get("dropout") or 0.0)
+        out = _attend_documents(layout, packed, layer=layer, scale=scale, dropout=dropout, window=window)
+    return out.to(query.dtype)[None], None
+
+
+def register() -> None:
+    """Makes `attn_implementation="packed"` known to transformers."""
+    AttentionInterface.register(NAME, packed_attention)
+    # Documents are kept apart by the layout; a mask of N x N would defeat the purpose.
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
