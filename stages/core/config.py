@@ -1,4 +1,4 @@
-"""The facts that every stage shares, and the base of every config section. Imports no torch: `launch --help` reads it."""
+"""The facts that every stage shares, and the base of every config section. Imports no torch."""
 
 from typing import Annotated, Literal
 

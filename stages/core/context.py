@@ -1,4 +1,4 @@
-"""What a stage is given: its config, its inputs, its folder, and where to report. Built by `pipeline`, no torch here."""
+"""What a stage is given: its config, its inputs, its folder, and where to report. Imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
