@@ -185,11 +185,14 @@ def packed_attention(
     layout = options.get("layout")
     if not isinstance(layout, Layout):
         raise UserError(
-            f"packing=true: {type(module).__name__} does not pass keyword arguments to its attention; set packing=false"
+            f"packing=true: {type(module).__name__} passes no keyword arguments to attention; "
+            "sft and rm can run with packing=false"
         )
     for name in ("softcap", "s_aux", "sinks"):
         if options.get(name) is not None:
-            raise UserError(f"packing=true: {type(module).__name__} needs attention with {name}; set packing=false")
+            raise UserError(
+                f"packing=true: {type(module).__name__} needs attention with {name}; sft and rm run with packing=false"
+            )
     upcast = query.device.type == "cpu" and query.dtype == torch.bfloat16
     packed = tuple(each[0].transpose(0, 1).to(torch.float32 if upcast else each.dtype) for each in (query, key, value))
     scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)

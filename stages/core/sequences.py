@@ -67,14 +67,14 @@ class ResponseBatch:
         )
 
 
-def token_budget_split(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` in consecutive groups of at most `budget` tokens each (a longer sequence stands alone)."""
+def split_by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes` in consecutive groups that sum to at most `budget` (a larger one stands alone)."""
     groups: list[list[int]] = []
     used = 0
-    for row, length in enumerate(lengths):
-        if not groups or used + length > budget:
+    for row, size in enumerate(sizes):
+        if not groups or used + size > budget:
             groups.append([])
             used = 0
         groups[-1].append(row)
-        used += length
+        used += size
     return groups

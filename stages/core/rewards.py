@@ -1,0 +1,147 @@
+"""Scores of responses: from a reward model, from a Python function, or a weighted sum of several.
+
+Every source is given text, never token ids, so a reward model may have its own tokenizer and chat template.
+
+Legend: B sequences, N packed tokens, D hidden size.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.chat import ChatEncoder
+from data.errors import UserError
+from data.rows import Text
+from stages.core.sequences import PackedBatch, split_by_budget
+from stages.core.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Responses to score: B prompts, their decoded responses, whether each ended by itself, and the rows' columns."""
+
+    prompts: Sequence[Text]
+    responses: Sequence[str]
+    finished: Sequence[bool]
+    rows: Sequence[Mapping[str, Any]]
+
+
+class Scorer(Protocol):
+    """A source of scores."""
+
+    def score(self, answered: Answered) -> list[float]:
+        """One finite number a response; higher is better."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model: a trunk, the adapter it runs under, its head, and how it reads text."""
+
+    trunk: Trunk
+    adapter: str | None
+    head: nn.Linear
+    encoder: ChatEncoder
+    batch_tokens: int = 16384
+
+    @torch.no_grad()
+    def score(self, answered: Answered) -> list[float]:
+        """The head's output at the last token of each prompt with its response, in float32."""
+        texts = zip(answered.prompts, answered.responses, answered.finished, strict=True)
+        limit = getattr(self.trunk.model.config, "max_position_embeddings", None)
+        sequences = [
+            self.encoder.score_tokens(prompt, response, finished=finished) for prompt, response, finished in texts
+        ]
+        # Beyond its positions the model cannot read: the end of the response is what it judges.
+        sequences = [tokens[-limit:] if limit else tokens for tokens in sequences]
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        scores = torch.zeros(len(sequences))
+        for group in split_by_budget([len(sequences[row]) for row in order], self.batch_tokens):
+            rows = [order[place] for place in group]
+            packed = PackedBatch.of([sequences[row] for row in rows], self.trunk.device)
+            hidden_BD = self.trunk.hidden(packed, self.adapter)[packed.last_B]
+            scores[rows] = self.head(hidden_BD.to(self.head.weight.dtype))[:, 0].float().cpu()
+        return scores.tolist()
+
+
+@dataclass(frozen=True)
+class FunctionScorer:
+    """A user's Python function `name(prompts, responses, rows) -> list[float]`; chat prompts reach it as messages."""
+
+    name: str
+    function: Callable[[Sequence[Text], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
+
+    def score(self, answered: Answered) -> list[float]:
+        """What the function returned, checked.
+
+        Raises UserError where it is not one finite number a response.
+        """
+        scores = list(self.function(list(answered.prompts), list(answered.responses), list(answered.rows)))
+        if len(scores) != len(answered.responses):
+            raise UserError(
+                f"reward function {self.name}: {len(scores)} scores for {len(answered.responses)} responses; "
+                "return one number a response"
+            )
+        for score in scores:
+            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+                raise UserError(f"reward function {self.name}: returned {score!r}; return finite numbers")
+        return [float(score) for score in scores]
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """The weighted sum of several sources."""
+
+    scorers: Sequence[Scorer]
+    weights: Sequence[float]
+
+    def score(self, answered: Answered) -> list[float]:
+        """Sum of weight x score, source by source."""
+        totals = [0.0] * len(answered.responses)
+        for scorer, weight in zip(self.scorers, self.weights, strict=True):
+            totals = [total + weight * score for total, score in zip(totals, scorer.score(answered), strict=True)]
+        return totals
+
+
+def load_function(name: str) -> FunctionScorer:
+    """The scorer behind `path.py:function` or `package.module:function`.
+
+    Raises UserError where there is no such file, module or function.
+    """
+    source, _, attribute = name.rpartition(":")
+    if source.endswith(".py"):
+        path = Path(source)
+        spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise UserError(f"reward function {name}: no file {path}; give path.py:function")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(source or name)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"reward function {name}: cannot be imported ({error}); give path.py:function") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"reward function {name}: no function {attribute!r} in {source}; name one that is there")
+    return FunctionScorer(name, function)
+
+
+def score_head(weights: Mapping[str, Tensor], device: torch.device) -> nn.Linear:
+    """The one-number head among saved weights, in float32.
+
+    Raises UserError where there is none, or one with another number of outputs.
+    """
+    found = {key.rsplit(".", 1)[-1]: value for key, value in weights.items() if "score." in key}
+    if "weight" not in found or found["weight"].shape[0] != 1:
+        raise UserError("reward model: no score head with one output among its weights; train it with the rm stage")
+    head = nn.Linear(found["weight"].shape[1], 1, bias="bias" in found)
+    head.load_state_dict({key: value.float() for key, value in found.items()})
+    return head.to(device).requires_grad_(False)

@@ -1,0 +1,143 @@
+"""One base model in memory, with the LoRA adapters that stand on it.
+
+Legend: B sequences, N packed tokens, M response tokens, D hidden size, V vocabulary.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from data.errors import UserError
+from stages.core.attention import Layout
+from stages.core.models import backbone
+from stages.core.sequences import PackedBatch
+
+HEAD_PROBE_TOKENS = 8
+
+
+class Trunk:
+    """A base model whose forward pass runs under a chosen adapter, or under none.
+
+    Every parameter is frozen but those named to `train`. Switching adapters never changes which parameters train:
+    peft's `set_adapter` freezes all others, so it is undone here.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, autocast: bool = False) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.autocast = autocast  # bfloat16 products over float32 weights: full fine-tuning keeps master weights
+        self.peft: PeftModel | None = None
+        self.trainable: list[nn.Parameter] = []
+        self._tuner_layers: list[BaseTunerLayer] = []
+        self._active: str | None = None
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters on this base."""
+        return [] if self.peft is None else list(self.peft.peft_config)
+
+    def add_adapter(self, name: str, config: LoraConfig, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Puts a LoRA adapter on the base: fresh (its output is zero), or with the given weights."""
+        if config.bias != "none":
+            raise UserError(
+                f"adapter {name}: LoRA bias={config.bias!r} changes the base itself; train it with bias none"
+            )
+        if self.peft is None:
+            self.peft = PeftModel(self.model, config, adapter_name=name)
+        else:
+            self.peft.add_adapter(name, config)
+        if weights is not None:
+            result = set_peft_model_state_dict(self.peft, dict(weights), adapter_name=name)
+            if result.unexpected_keys:
+                raise UserError(f"adapter {name}: does not fit this base (no {result.unexpected_keys[0]} in it)")
+        self._tuner_layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self.model.requires_grad_(False)
+        self._active = name
+        self.use(None)
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of one adapter, in a fixed order."""
+        return [
+            parameter
+            for layer in self._tuner_layers
+            for part in layer.adapter_layer_names
+            for adapter, module in getattr(layer, part).items()
+            if adapter == name
+            for parameter in (module.parameters() if isinstance(module, nn.Module) else [module])
+        ]
+
+    def train(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Names the parameters that train, in addition to those named before."""
+        self.trainable.extend(parameters)
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+
+    def use(self, adapter: str | None) -> None:
+        """Makes `adapter` the one that the next forward passes run under; None is the bare base."""
+        if adapter == self._active:
+            return
+        for layer in self._tuner_layers:
+            layer.enable_adapters(adapter is not None)
+            if adapter is not None:
+                layer.set_adapter(adapter)
+        self.model.requires_grad_(False)
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        self._active = adapter
+
+    def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
+        """Last hidden states ND of packed sequences under an adapter."""
+        return self.step(packed.tokens_1N, packed.position_ids_1N, packed.layout, adapter)
+
+    def step(self, tokens_1N: Tensor, position_ids_1N: Tensor, layout: Layout, adapter: str | None) -> Tensor:
+        """Last hidden states ND of tokens laid out as `layout` says (packed documents, or one decoding step)."""
+        self.use(adapter)
+        output = backbone(self.model)(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)
+        return output.last_hidden_state[0]
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The head that turns hidden states into logits."""
+        return self.model.get_output_embeddings()
+
+    def check_head(self) -> None:
+        """Raises UserError where the model's logits are more than its head applied to the last hidden state."""
+        packed = PackedBatch.of([list(range(1, 1 + HEAD_PROBE_TOKENS))], self.device)
+        with torch.no_grad():
+            whole = self.model(
+                input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=packed.layout, use_cache=False
+            ).logits[0]
+            ours = self.lm_head(self.hidden(packed, self._active))
+        if not torch.allclose(whole.float(), ours.float(), rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"{type(self.model).__name__}: its logits are scaled or capped after the head, which is not supported; "
+                "use another architecture"
+            )
+
+    def save_adapter(self, name: str, folder: Path, base: str) -> None:
+        """Writes one adapter in PEFT format; `base` is where a loader finds the base model."""
+        assert self.peft is not None
+        state = get_peft_model_state_dict(self.peft, adapter_name=name)
+        save_file(
+            {key: tensor.contiguous().cpu() for key, tensor in state.items()}, folder / "adapter_model.safetensors"
+        )
+        config = copy.copy(self.peft.peft_config[name])
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.save_pretrained(str(folder))
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """A saved LoRA adapter: its config, its adapter weights, and the weights of a head saved with it."""
+    config = LoraConfig.from_pretrained(str(folder))
+    head_names = tuple(config.modules_to_save or ())
+    config.modules_to_save = None
+    state = load_file(folder / "adapter_model.safetensors")
+    head = {key: value for key, value in state.items() if any(f".{name}." in key for name in head_names)}
+    return config, {key: value for key, value in state.items() if key not in head}, head
