@@ -5,7 +5,7 @@ from typing import Any, TypeAlias, TypedDict
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation; the role is system, user, assistant or tool."""
 
     role: str
     content: str
@@ -55,3 +55,16 @@ class Prompt:
 
 
 Row: TypeAlias = Demonstration | Preference | Prompt
+
+
+class RowError(ValueError):
+    """Why one row cannot be used; becomes a Refusal with the row's origin."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that was read and not used, as `quarantine.jsonl` holds it; `row` is its text, shortened."""
+
+    origin: str
+    reason: str
+    row: str
