@@ -1,0 +1,56 @@
+"""A tiny random Llama with a byte-level tokenizer, built in a second: for tests that need a model, not its skill."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXT = ["the cat sat on the mat", "a dog ran to the red house", "say yes or no", "user: hello assistant: good day"]
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges; `<s>` is 0 and put first, `</s>` is 1, `<pad>` is 2; no chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def tiny_llama(*, seed: int = 0, vocabulary: int = 300, hidden: int = 32, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama with grouped queries (4 heads on 2 key/value heads), in float32."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_model_folder(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
+    """`folder` with a tiny model and its tokenizer, as from_pretrained reads them."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(seed=seed, vocabulary=len(tokenizer), layers=layers).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
