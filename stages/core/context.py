@@ -48,7 +48,9 @@ class StageContext(Generic[ConfigT]):
     config_folder: Path | None  # where relative paths of the config are looked up first
     shared: SharedConfig
     config: ConfigT
-    inputs: Mapping[str, str]  # role ("base", "policy", "reward", …) -> stage folder, model folder or hub id
+    inputs: Mapping[
+        str, str
+    ]  # role -> stage folder, model folder, hub id or file.py:function; roles: pipeline/inputs.py
     key: str  # content key; a checkpoint with another key is never resumed
     metrics: Metrics
     should_stop: Callable[[], bool]

@@ -1,0 +1,127 @@
+"""The `launch` command: arguments in, exit status out. Imports nothing heavy, so that --help is instant.
+
+Exit status: 0 done; 2 the user can mend it; 75 stopped by SIGTERM or SIGINT with a checkpoint written, to be resumed;
+1 anything else, with a traceback. A second signal stops at once, with 1 and without a new checkpoint.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from launch.answer import Answer
+
+_COMMANDS = {
+    "sft": "Fine-tune the base model on demonstrations.",
+    "rm": "Train a reward model on preference pairs.",
+    "ppo": "Optimise the policy against a reward.",
+    "eval": "Compare policies on prompts none was trained on.",
+    "run": "Run the whole chain; finished stages are skipped.",
+    "plan": "Everything short of training: data checks, masks shown, batch arithmetic, memory; writes nothing.",
+}
+_EPILOG = (
+    "Exit status: 0 done; 2 you can mend it; 75 stopped by a signal, resume with the same command; 1 anything else."
+)
+
+app = typer.Typer(
+    help="Classic RLHF, one command a stage: sft -> rm -> ppo. CONFIG is a YAML file or a bundled recipe (quickstart).",
+    epilog=_EPILOG,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a bundled recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, parsed as YAML: ppo.kl.coef=0.02")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: runs/<name>.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")]
+Resume = Annotated[
+    str, typer.Option("--resume", metavar="auto|never|must", help="What to do about an unfinished stage.")
+]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", metavar="N", help="0: CPU only; 1: one GPU. Default: a GPU if there is one.")
+]
+Hostfile = Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", help="Hosts to train on (not yet).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
+
+
+def _add_command(name: str) -> None:
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        out: Out = None,
+        dry_run: DryRun = False,
+        resume: Resume = "auto",
+        gpus: Gpus = None,
+        hostfile: Hostfile = None,
+        as_json: Json = False,
+    ) -> None:
+        from launch.worker import Request, carry_out
+
+        request = Request(
+            command=name,
+            config=config,
+            overrides=tuple(overrides or ()),
+            out=out,
+            plan_only=dry_run or name == "plan",
+            resume=resume,
+            gpus=gpus,
+            hostfile=hostfile,
+        )
+        raise typer.Exit(_guarded(lambda: carry_out(request), as_json=as_json))
+
+    app.command(name, help=_COMMANDS[name])(command)
+
+
+for _name in _COMMANDS:
+    _add_command(_name)
+
+
+@app.command(help="What is installed, what is missing, and what would run here.")
+def doctor(as_json: Json = False) -> None:
+    from launch.doctor import examine
+
+    raise typer.Exit(_guarded(examine, as_json=as_json))
+
+
+@app.command(help="Write a commented starter config.")
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path("config.yaml"),
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema, for editors; write nothing.")
+    ] = False,
+) -> None:
+    from launch.starter import print_schema, write_starter
+
+    raise typer.Exit(_guarded(print_schema if schema else lambda: write_starter(file), as_json=False))
+
+
+def _guarded(action: Callable[[], "Answer"], *, as_json: bool) -> int:
+    """The exit status of a command; prints its answer, or one line per mistake that the user can mend."""
+    from launch.answer import answering
+
+    return answering(action, as_json=as_json)
+
+
+def forget_working_directory() -> None:
+    """Takes the working directory off the import path, so that its `data` or `configs` folder never hides ours."""
+    project = Path(__file__).resolve().parent.parent
+    here = Path.cwd().resolve()
+    if here != project:
+        sys.path[:] = [entry for entry in sys.path if entry != "" and Path(entry).resolve() != here]
+
+
+def main() -> None:
+    """Entry point of the `launch` command."""
+    forget_working_directory()
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The stage graph: what is built is skipped, what is broken stops the run, what changed is built anew."""
+
+import contextlib
+import fcntl
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from data.artifacts import Artifact, read_manifest, write_atomically, write_manifest
+from data.errors import UserError
+from pipeline.config import dump_config
+from pipeline.inputs import Run, require_inputs, stage_facts, stage_inputs, stage_key
+from pipeline.manifest import describe
+from pipeline.metrics import MetricsLog, View
+from pipeline.state import FACTS_FILE, Decision, Resume, decide
+from pipeline.trackers import check_trackers, open_trackers
+from stages.core.context import Interrupted, StageContext, StageResult
+
+
+class StageViewer(Protocol):
+    """Makes the view of one stage; taken down when the stage ends, however it ends."""
+
+    def __call__(self, stage: str) -> contextlib.AbstractContextManager[View]:
+        """A view as a context manager."""
+        ...
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: which run, how to treat what is there, who is watching, and whether to stop."""
+
+    run: Run
+    resume: Resume
+    viewer: StageViewer
+    say: Callable[[str], None]
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage."""
+
+    stage: str
+    action: Literal["skipped", "resumed", "built"]
+    folder: str
+    why: str
+    key: str
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def run_stages(launch: Launch, names: Sequence[str]) -> list[Outcome]:
+    """Runs the named stages in order, each as its folder's state asks. Raises UserError, Interrupted."""
+    check_trackers(launch.run.config)
+    with lock(launch.run.folder):
+        outcomes: list[Outcome] = []
+        resume = launch.resume
+        for stage in names:
+            if launch.should_stop():
+                raise Interrupted
+            outcomes.append(_settle(launch, stage, resume))
+            if outcomes[-1].action == "resumed" and resume == "must":
+                resume = "auto"  # the stages after the resumed one were never begun
+        return outcomes
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Generator[None]:
+    """Holds the run folder, so that two launches cannot write one run; the system frees it when the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another launch is writing this run; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+def _settle(launch: Launch, stage: str, resume: Resume) -> Outcome:
+    """Skips, resumes or builds one stage."""
+    run, folder = launch.run, launch.run.stage_folder(stage)
+    parents = require_inputs(run, stage)
+    facts = stage_facts(run, stage)
+    decision = decide(folder, facts, resume=resume)
+    if decision.action == "skip":
+        launch.say(f"{stage}: skipped, already built ({folder})")
+        metrics = read_manifest(folder).metrics
+        return Outcome(stage, "skipped", str(folder), decision.why, stage_key(facts), metrics=metrics)
+    _make_room(launch, stage, decision)
+    begun = time.monotonic()
+    artifact = _build(launch, stage, facts, list(parents.values()))
+    seconds = round(time.monotonic() - begun, 3)
+    launch.say(f"{stage}: done in {seconds:.1f} s ({folder})")
+    action = "resumed" if decision.action == "resume" else "built"
+    return Outcome(stage, action, str(folder), decision.why, artifact.key, seconds, artifact.metrics)
+
+
+def _make_room(launch: Launch, stage: str, decision: Decision) -> None:
+    """Moves aside what a build must not find; what was begun but never saved is removed."""
+    folder = launch.run.stage_folder(stage)
+    if decision.action == "resume":
+        launch.say(f"{stage}: resumes ({decision.why})")
+    elif decision.displace:
+        old = folder.with_name(f"{stage}.old")
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+        launch.say(f"{stage}: built anew, {decision.why}; the earlier one is now {old}")
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+
+
+def _build(launch: Launch, stage: str, facts: Mapping[str, Any], parents: Sequence[Path]) -> Artifact:
+    """Runs one stage in its folder and writes the manifest last."""
+    run, folder = launch.run, launch.run.stage_folder(stage)
+    write_atomically(folder / "config.yaml", dump_config(run.config))
+    write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    trackers = open_trackers(run.config, stage, folder, run.config.model_dump(mode="json"))
+    with launch.viewer(stage) as view, contextlib.closing(MetricsLog(folder, view=view, trackers=trackers)) as metrics:
+        context = StageContext[Any](
+            stage=stage,
+            out=folder,
+            run_folder=run.folder,
+            config_folder=run.config_folder,
+            shared=run.config,
+            config=getattr(run.config, stage),
+            inputs=stage_inputs(run, stage),
+            key=stage_key(facts),
+            metrics=metrics,
+            should_stop=launch.should_stop,
+        )
+        result: StageResult = importlib.import_module(f"stages.{stage}.stage").run(context)
+    artifact = describe(folder, stage=stage, key=context.key, result=result, parents=parents)
+    write_manifest(folder, artifact)
+    return artifact
