@@ -81,7 +81,9 @@ def _json_name(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "boolean"
-    return {int: "number", float: "number", str: "string", list: "list", dict: "object"}.get(type(value), "value")
+    if isinstance(value, list | dict):
+        return "list" if isinstance(value, list) else "object"
+    return "string" if isinstance(value, str) else "number"
 
 
 def _demonstration(record: Mapping[str, Any], origin: str) -> Demonstration:

@@ -1,7 +1,7 @@
 """Files and hub datasets -> records, one value a row, each with its origin; what cannot be read is refused, not lost.
 
-Origins are `file:n`. n is the line in JSONL and in a JSON array (`n#k` for the k-th item, where the line holds several);
-the row, counted from 1 without the header, in CSV, Parquet, hub datasets and a JSON object's `data`.
+Origins are `file:n`. n is the line in JSONL and in a JSON array (`n#k` for the k-th item, where a line holds
+several); the row, counted from 1 without the header, in CSV, Parquet, hub datasets and a JSON object's `data`.
 """
 
 import csv
