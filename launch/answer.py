@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -44,7 +44,7 @@ def answering(action: Callable[[], Answer], *, as_json: bool) -> int:
 
 
 @contextlib.contextmanager
-def _machine_output() -> Iterator[TextIO]:
+def _machine_output() -> Generator[TextIO]:
     """The real stdout, while whatever libraries print there, from C code too, goes to stderr."""
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as real:

@@ -7,7 +7,7 @@ Exit status: 0 done; 2 the user can mend it; 75 stopped by SIGTERM or SIGINT wit
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -42,7 +42,8 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: runs/<name>.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")]
 Resume = Annotated[
-    str, typer.Option("--resume", metavar="auto|never|must", help="What to do about an unfinished stage.")
+    Literal["auto", "never", "must"],
+    typer.Option("--resume", metavar="auto|never|must", help="What to do about an unfinished stage."),
 ]
 Gpus = Annotated[
     int | None, typer.Option("--gpus", metavar="N", help="0: CPU only; 1: one GPU. Default: a GPU if there is one.")

@@ -17,6 +17,8 @@ from launch.answer import Answer
 
 if TYPE_CHECKING:
     from pipeline.inputs import Run
+    from pipeline.state import Resume
+    from pipeline.state import Resume
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Request:
     overrides: tuple[str, ...]
     out: Path | None
     plan_only: bool
-    resume: str
+    resume: "Resume"
     gpus: int | None
     hostfile: Path | None
 
@@ -50,8 +52,6 @@ def carry_out(request: Request) -> Answer:
 
 def _check_options(request: Request) -> None:
     problems: list[str] = []
-    if request.resume not in ("auto", "never", "must"):
-        problems.append(f"--resume {request.resume}: is no choice; use auto, never or must")
     if request.gpus is not None and request.gpus not in (0, 1):
         problems.append(f"--gpus {request.gpus}: this version trains in one process; use --gpus 1")
     if request.hostfile is not None:

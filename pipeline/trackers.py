@@ -76,7 +76,7 @@ class _TensorBoard:
 
 
 class _Remote:
-    """wandb or trackio: they share `init`, `log` and `finish`. Neither takes a step back: a repeated one shows twice."""
+    """wandb or trackio: they share `init`, `log` and `finish`. Neither takes a step back: repeated ones show twice."""
 
     def __init__(self, package: str, *, run: str, files: Path, settings: Mapping[str, Any]) -> None:
         self._module: Any = importlib.import_module(package)

@@ -44,9 +44,12 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def dump_yaml(value: object) -> str:
+def dump_yaml(value: object, *, one_line: bool = False) -> str:
     """`value` as YAML text that `parse_yaml` turns back into an equal value."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    width = 2**31 if one_line else 120
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=one_line
+    )
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
