@@ -21,6 +21,7 @@ from data.readers import SUFFIXES, Record, has_known_suffix, read_hub, read_reco
 from data.rows import Demonstration, Preference, Prompt, Refusal, RowError
 
 RowT = TypeVar("RowT", Demonstration, Preference, Prompt)
+ItemT = TypeVar("ItemT")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LONGEST_QUARANTINED = 500  # characters of a refused row that are kept
 
@@ -111,7 +112,7 @@ def read_source(kind: type[RowT], source: SourceConfig, *, run_folder: Path) -> 
     return result
 
 
-def weighted(rows: Sequence[RowT], weight: float, *, seed: str) -> list[RowT]:
+def weighted(rows: Sequence[ItemT], weight: float, *, seed: str) -> list[ItemT]:
     """Each row floor(weight) times, and a seeded choice of the rows once more for the fraction; order is kept."""
     times, fraction = divmod(weight, 1.0)
     once_more = set(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
