@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -68,6 +68,14 @@ def load_model(
     if packing:
         model.set_attn_implementation(attention.NAME)
     return model
+
+
+def load_merged(source: ModelSource, *, head: Literal["lm", "score"] = "lm") -> PreTrainedModel:
+    """The full model in float32, an adapter merged into its own copy of the base (exact there, not in bfloat16)."""
+    model = load_model(source.base, head=head)
+    if source.adapter is None:
+        return model
+    return PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

@@ -11,9 +11,12 @@ from stages.core.config import Section
 class RewardConfig(Section):
     """One source of scores: a reward model, or a Python function."""
 
-    model: ConfigPath | None = Field(None, description="`rm` for the rm stage of this run, else a folder or hub id")
+    model: ConfigPath | None = Field(
+        default=None, description="`rm` for the rm stage of this run, else a folder or hub id"
+    )
     function: ConfigPath | None = Field(
-        None, description="path.py:name or package.module:name; called as name(prompts, responses, rows) -> list[float]"
+        default=None,
+        description="path.py:name or package.module:name; called as name(prompts, responses, rows) -> list[float]",
     )
     weight: float = 1.0
 

@@ -43,12 +43,13 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model: a trunk, the adapter it runs under, its head, and how it reads text."""
+    """A reward model: a trunk, the adapter it runs under, its head, how it reads text, and where it came from."""
 
     trunk: Trunk
     adapter: str | None
     head: nn.Linear
     encoder: ChatEncoder
+    source: str
     batch_tokens: int = 16384
 
     @torch.no_grad()

@@ -62,6 +62,12 @@ class Trunk:
         self._active = name
         self.use(None)
 
+    def clone_adapter(self, name: str, clone: str) -> None:
+        """Adds an adapter with another's config and weights."""
+        assert self.peft is not None
+        weights = get_peft_model_state_dict(self.peft, adapter_name=name)
+        self.add_adapter(clone, copy.copy(self.peft.peft_config[name]), weights)
+
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter, in a fixed order."""
         return [
@@ -99,8 +105,18 @@ class Trunk:
     def step(self, tokens_1N: Tensor, position_ids_1N: Tensor, layout: Layout, adapter: str | None) -> Tensor:
         """Last hidden states ND of tokens laid out as `layout` says (packed documents, or one decoding step)."""
         self.use(adapter)
-        output = backbone(self.model)(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)
+        output = self.backbone(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)
         return output.last_hidden_state[0]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The transformer without its head."""
+        return backbone(self.model)
+
+    @property
+    def width(self) -> int:
+        """D, the size of a hidden state."""
+        return self.model.config.get_text_config().hidden_size
 
     @property
     def lm_head(self) -> nn.Module:

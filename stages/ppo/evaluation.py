@@ -1,0 +1,53 @@
+"""The policy on held-out prompts: the same prompts and the same seeds every time, so that curves compare."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from data.encoded import EncodedPrompt
+from stages.ppo.experience import Collector, Responses
+
+LOGGED_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures and sampled texts of one evaluation."""
+
+    figures: dict[str, float]
+    samples: list[Mapping[str, Any]]
+
+
+def evaluate(collector: Collector, prompts: Sequence[EncodedPrompt]) -> Evaluation:
+    """Mean score, KL to the reference (nats per response), length and share of ended responses on `prompts`."""
+    responses = collector.sampler.respond(prompts, "eval", 0)
+    scores = collector.scorer.score(responses.answered())
+    kls = _kl_per_response(collector, responses)
+    figures = {
+        "score_mean": fmean(scores),
+        "kl_ref_mean": fmean(kls),
+        "length_mean": fmean(responses.lengths),
+        "eos_fraction": fmean(responses.finished),
+    }
+    rows = zip(responses.prompts, responses.texts, scores, kls, responses.finished, strict=True)
+    samples: list[Mapping[str, Any]] = [
+        {"prompt": prompt.row.prompt, "response": text, "score": score, "kl": kl, "finished": finished}
+        for prompt, text, score, kl, finished in rows
+    ]
+    return Evaluation(figures, samples[:LOGGED_SAMPLES])
+
+
+@torch.no_grad()
+def _kl_per_response(collector: Collector, responses: Responses) -> list[float]:
+    """Sum over each response of log pi - log pi_ref at the sampled tokens (k1)."""
+    kls: list[float] = []
+    everyone = range(len(responses.completions))
+    for rows in responses.microbatches(everyone, collector.config.microbatch_tokens):
+        batch = responses.batch(rows, collector.device)
+        ref_logprobs = collector.bank.ref_logprobs(batch).cpu().split(list(batch.lengths))
+        for row, ref_R in zip(rows, ref_logprobs, strict=True):
+            kls.append(float((torch.tensor(responses.completions[row].logprobs) - ref_R).sum()))
+    return kls

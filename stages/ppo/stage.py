@@ -1,0 +1,212 @@
+"""PPO: reads a policy, a reward and prompts; writes the improved policy.
+
+One update: prompts → responses → scores, reference log-probabilities, values → rewards → advantages → epochs of
+minibatches → KL controller. `../ppo` holds a file for each part; this one is the sequence.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.artifacts import MANIFEST, publish_folder
+from data.chat import ChatEncoder, load_tokenizer
+from data.encoded import EncodedPrompt
+from data.errors import UserError
+from data.prepare import Prepared, prepare_prompts
+from stages.core.bank import BankBuilder
+from stages.core.checkpoints import latest_checkpoint, save_checkpoint
+from stages.core.context import Interrupted, StageContext, StageResult
+from stages.core.models import resolve_model
+from stages.core.ops import explained_variance, masked_mean
+from stages.core.rollout.native import NativeEngine
+from stages.core.rollout.protocol import Sampling, rollout_seed
+from stages.ppo.config import PpoConfig
+from stages.ppo.control import KlController, ScoreShaper
+from stages.ppo.evaluation import Evaluation, evaluate
+from stages.ppo.experience import Collector, Experience, Sampler
+from stages.ppo.state import PpoState
+from stages.ppo.update import Updater, build_optimizer
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """Everything that one run of the stage holds."""
+
+    context: StageContext[PpoConfig]
+    encoder: ChatEncoder
+    prompts: Prepared[EncodedPrompt]
+    collector: Collector
+    updater: Updater
+    state: PpoState
+
+
+def run(context: StageContext[PpoConfig]) -> StageResult:
+    """Trains the policy and publishes it; resumes from the newest valid checkpoint of the same key.
+
+    Raises Interrupted once a checkpoint is written after a stop was asked for.
+    """
+    ppo = build(context)
+    checkpoint = latest_checkpoint(context.out / "checkpoints", context.key)
+    if checkpoint is not None:
+        ppo.state.load(checkpoint.path, ppo.collector.bank, ppo.updater.optimizer)
+        context.metrics.say(f"ppo: resumed after update {ppo.state.update} of {context.config.updates}")
+    # Without a checkpoint the samples taken before the first update go too.
+    context.metrics.rewind(ppo.state.update if checkpoint else -1)
+    context.metrics.start(context.config.updates, "update")
+    last = train_loop(ppo)
+    publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
+    parents = [Path(source) for source in context.inputs.values() if (Path(source) / MANIFEST).is_file()]
+    best = {f"best/{name}": value for name, value in ppo.state.best.items()}
+    return StageResult("policy", metrics=last | best, parents=parents)
+
+
+def build(context: StageContext[PpoConfig]) -> Ppo:
+    """Loads prompts, models and rewards.
+
+    Raises UserError for prompts, models and rewards that cannot be used.
+    """
+    config, shared = context.config, context.shared
+    tokenizer = load_tokenizer(resolve_model(context.inputs["policy"]).folder, shared.chat_template)
+    encoder = ChatEncoder(tokenizer, max_length=shared.max_length, overlong=shared.overlong)
+    prompts = _prompts(context, encoder)
+    torch.manual_seed(shared.seed)
+    tuning = config.tuning or shared.tuning
+    builder = BankBuilder(shared)
+    bank = builder.policy_bank(context.inputs["policy"], tuning, config.rollout.temperature)
+    sources = [context.inputs[f"reward.{place}"] for place in range(len(config.rewards))]
+    scorer, reward_models = builder.scorer(config.rewards, sources)
+    builder.add_critic(bank, config.critic, tuning, reward_models[0] if reward_models else None)
+    engine = NativeEngine(bank.policy.trunk, bank.policy.adapter)
+    sampling = Sampling(config.response_length, config.rollout.temperature, encoder.end_token_ids)
+    sampler = Sampler(engine, encoder, sampling, shared.seed)
+    collector = Collector(bank, sampler, scorer, config, builder.device)
+    updater = Updater(bank, config, build_optimizer(bank, config), builder.device, shared.seed)
+    state = PpoState(KlController(config.kl, config.kl.coef), ScoreShaper(config.score))
+    return Ppo(context, encoder, prompts, collector, updater, state)
+
+
+def _prompts(context: StageContext[PpoConfig], encoder: ChatEncoder) -> Prepared[EncodedPrompt]:
+    config, shared = context.config, context.shared
+    room = shared.max_length - config.response_length
+    if room < 1:
+        raise UserError(
+            f"ppo.response_length={config.response_length} leaves no room in max_length={shared.max_length}; "
+            "lower it or raise max_length"
+        )
+    prompts = prepare_prompts(
+        config.prompts,
+        config.holdout,
+        encoder=encoder,
+        run_folder=context.run_folder,
+        seed=shared.seed,
+        max_prompt_tokens=room,
+    )
+    prompts.report.write_quarantine(context.out / "quarantine.jsonl")
+    prompts.report.check_refused(shared.max_refused)
+    context.metrics.say(f"ppo: {prompts.report.summary()}")
+    return prompts
+
+
+def train_loop(ppo: Ppo) -> dict[str, float]:
+    """Runs the updates that are left; returns the last metrics."""
+    context, config, state = ppo.context, ppo.context.config, ppo.state
+    checkpoints, last = context.out / "checkpoints", {}
+    held_out = (ppo.prompts.holdout or ppo.prompts.train)[: config.eval_prompts]
+    start: dict[str, float] = {}
+    if state.update == 0:
+        start = _evaluate(ppo, held_out, "eval_start")
+    while state.update < config.updates:
+        began = time.perf_counter()
+        update = state.update + 1
+        prompts = next_prompts(ppo.prompts.train, state.cursor, config.prompts_per_update, context.shared.seed)
+        kl_coef = state.kl.coef
+        experience = ppo.collector.collect(prompts, update, kl_coef=kl_coef, shaper=state.shaper)
+        trained = time.perf_counter()
+        figures = ppo.updater.update(experience, update)
+        update_seconds = time.perf_counter() - trained
+        state.update, state.cursor = update, state.cursor + len(prompts)
+        figures |= _count(state, experience) | start | {"time/update_s": update_seconds, "kl/coef": kl_coef}
+        state.kl.update(figures["kl/ref_mean"])
+        if update % config.eval_every == 0 or update == config.updates:
+            figures |= _evaluate(ppo, held_out, "eval")
+        figures["seconds"] = time.perf_counter() - began
+        context.metrics.log(update, figures)
+        start, last = {}, figures
+        stop = context.should_stop()
+        if stop or update % context.shared.checkpoint_every == 0 or update == config.updates:
+            save_checkpoint(
+                checkpoints,
+                update,
+                lambda folder: state.save(folder, ppo.collector.bank, ppo.updater.optimizer),
+                key=context.key,
+                keep=context.shared.keep_checkpoints,
+            )
+        if stop and update < config.updates:
+            raise Interrupted(f"ppo: stopped after update {update} of {config.updates}")
+    return last
+
+
+def next_prompts(prompts: Sequence[EncodedPrompt], cursor: int, count: int, seed: int) -> list[EncodedPrompt]:
+    """The `count` prompts after the first `cursor`: each once an epoch, in an order of seed and epoch alone."""
+    orders: dict[int, list[int]] = {}
+    chosen: list[EncodedPrompt] = []
+    for place in range(cursor, cursor + count):
+        epoch, offset = divmod(place, len(prompts))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(rollout_seed(seed, "prompts", epoch, 0, 0))
+            orders[epoch] = torch.randperm(len(prompts), generator=generator).tolist()
+        chosen.append(prompts[orders[epoch][offset]])
+    return chosen
+
+
+def _count(state: PpoState, experience: Experience) -> dict[str, float]:
+    """Advances the counters by one experience; the metrics that describe it."""
+    responses, mask_BR = experience.responses, experience.mask_BR
+    response_tokens = int(mask_BR.sum())
+    state.episodes += len(responses.completions)
+    state.tokens += response_tokens + sum(len(prompt.tokens) for prompt in responses.prompts)
+    lengths = torch.tensor(responses.lengths, dtype=torch.float)
+    return {
+        "tokens": state.tokens,
+        "episodes": state.episodes,
+        "score/mean": float(experience.score_B.mean()),
+        "score/std": float(experience.score_B.std(correction=0)),
+        "kl/ref_mean": float(experience.kl_B.mean()),
+        # Sampled tokens' mean surprise is an unbiased estimate of the policy's entropy, at no cost.
+        "policy/entropy": float(masked_mean(-experience.logprobs_BR, mask_BR)),
+        "value/explained_variance": float(explained_variance(experience.values_BR, experience.returns_BR, mask_BR)),
+        "response/length_mean": float(lengths.mean()),
+        "response/eos_fraction": sum(responses.finished) / len(responses.finished),
+        "time/rollout_s": experience.rollout_seconds,
+        "time/score_s": experience.score_seconds,
+        "throughput/response_tokens_per_s": response_tokens / experience.rollout_seconds,
+        "memory/peak_bytes": peak_bytes(),
+    }
+
+
+def _evaluate(ppo: Ppo, prompts: Sequence[EncodedPrompt], name: str) -> dict[str, float]:
+    """Metrics of the held-out prompts under `name`; texts go to the sample log, the best evaluation to the state."""
+    evaluation: Evaluation = evaluate(ppo.collector, prompts)
+    state = ppo.state
+    ppo.context.metrics.samples(state.update, evaluation.samples)
+    if not state.best or evaluation.figures["score_mean"] > state.best["score_mean"]:
+        state.best = evaluation.figures | {"update": float(state.update)}
+    return {f"{name}/{figure}": value for figure, value in evaluation.figures.items()}
+
+
+def _write_weights(ppo: Ppo, folder: Path) -> None:
+    ppo.collector.bank.save_policy(folder)
+    ppo.encoder.tokenizer.save_pretrained(str(folder))
+
+
+def peak_bytes() -> float:
+    """The most memory this process ever held; on a GPU, the most the allocator ever held there."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

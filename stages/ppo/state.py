@@ -1,0 +1,70 @@
+"""All of PPO's state between two updates: what a checkpoint holds and a resumed run starts from."""
+
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.core.bank import PolicyBank
+from stages.ppo.control import KlController, ScoreShaper
+
+WEIGHTS, OPTIMIZER, STATE, GENERATORS = "weights.safetensors", "optimizer.pt", "state.json", "generators.pt"
+
+
+@dataclass
+class PpoState:
+    """Counters and controllers; weights and optimizer stand beside it in a checkpoint."""
+
+    kl: KlController
+    shaper: ScoreShaper
+    update: int = 0  # updates done
+    cursor: int = 0  # prompts consumed
+    episodes: int = 0  # responses trained on
+    tokens: int = 0  # prompt and response tokens of those
+    best: dict[str, float] = field(default_factory=dict[str, float])  # the evaluation with the highest score so far
+
+    def save(self, folder: Path, bank: PolicyBank, optimizer: torch.optim.Optimizer) -> None:
+        """Writes everything into an empty folder."""
+        save_file({name: each.detach().cpu() for name, each in bank.trained().items()}, folder / WEIGHTS)
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        torch.save({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, folder / GENERATORS)
+        counters = {name: getattr(self, name) for name in ("update", "cursor", "episodes", "tokens", "best")}
+        scores = {name: value for name, value in asdict(self.shaper).items() if name != "config"}
+        state = counters | {
+            "kl_coef": self.kl.coef,
+            "scores": scores,
+            "python_generator": random.getstate(),
+            "numpy_generator": _numpy_state(),
+        }
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: Path, bank: PolicyBank, optimizer: torch.optim.Optimizer) -> None:
+        """Restores what `save` wrote; the files were verified against the checkpoint's manifest."""
+        weights = load_file(folder / WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in bank.trained().items():
+                parameter.copy_(weights[name])
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
+        generators = torch.load(folder / GENERATORS, weights_only=True)
+        torch.set_rng_state(generators["torch"])
+        torch.cuda.set_rng_state_all(generators["cuda"])
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        for name in ("update", "cursor", "episodes", "tokens", "best"):
+            setattr(self, name, state[name])
+        self.kl.coef = state["kl_coef"]
+        for name, value in state["scores"].items():
+            setattr(self.shaper, name, value)
+        version, internal, gauss = state["python_generator"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy_generator"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return [name, np.asarray(keys).tolist(), *rest]
