@@ -114,7 +114,7 @@ class Updater:
                 "policy/clip_fraction": ((ratio_M - 1).abs() > config.clip_range).sum(),
                 "policy/approx_kl": (logprobs_M - new_logprobs_M + ratio_M - 1).sum(),
             }
-        return loss, {name: float(value) for name, value in part.items()}
+        return loss, {name: float(value.detach()) for name, value in part.items()}
 
     def _set_learning_rates(self, update: int) -> None:
         factor = 1.0
