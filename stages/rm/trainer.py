@@ -1,0 +1,141 @@
+"""Scores and loss of the reward model, inside TRL's RewardTrainer.
+
+Legend: B sequences or pairs, S longest, N packed tokens, D hidden size.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from trl import RewardTrainer
+
+from data.encoded import EncodedPreference
+from stages.core.calibration import JudgedPair, reward_figures
+from stages.core.models import backbone
+from stages.core.padding import pad_right
+from stages.core.sequences import PackedBatch
+from stages.core.trl_training import Microbatch, StageTrainer
+from stages.core.tuning import inner_model
+from stages.rm.loss import preference_loss
+
+SAMPLED_PAIRS = 4  # shown in samples.jsonl at each evaluation
+
+
+def measure(rows: Sequence[EncodedPreference]) -> Microbatch[EncodedPreference]:
+    """The microbatch of these pairs."""
+    tokens = sum(len(row.chosen) + len(row.rejected) for row in rows)
+    return Microbatch(rows, tokens=tokens, weight=sum(row.weight for row in rows))
+
+
+def last_token_scores(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    packing: bool,
+    precision: AbstractContextManager[object] | None = None,
+) -> Tensor:
+    """score_B: the head at each sequence's last token, which is known by its place, never by looking for padding.
+
+    `precision` is the autocast context of the backbone; the head always runs in float32.
+    """
+    inner = inner_model(model)
+    device = next(model.parameters()).device
+    with precision or nullcontext():
+        if packing:
+            packed = PackedBatch.of(sequences, device)
+            output = backbone(inner)(
+                input_ids=packed.tokens_1N,
+                position_ids=packed.position_ids_1N,
+                layout=packed.layout,
+                use_cache=False,
+            )
+            last_BD = output.last_hidden_state[0, packed.last_B]
+        else:
+            tokens_BS, mask_BS = pad_right(sequences, device)
+            output = backbone(inner)(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
+            rows_B = torch.arange(len(sequences), device=device)
+            last_BD = output.last_hidden_state[rows_B, mask_BS.sum(1) - 1]
+    return inner.score(last_BD.float())[:, 0]
+
+
+def judged_pairs(scores_2B: tuple[Tensor, Tensor], rows: Sequence[EncodedPreference]) -> list[JudgedPair]:
+    """The pairs with their scores and response lengths, for the diagnostics."""
+    return [
+        JudgedPair(
+            chosen_score,
+            rejected_score,
+            chosen_tokens=len(row.chosen) - row.prompt_length,
+            rejected_tokens=len(row.rejected) - row.prompt_length,
+            p_chosen=row.p_chosen,
+        )
+        for chosen_score, rejected_score, row in zip(scores_2B[0].tolist(), scores_2B[1].tolist(), rows, strict=True)
+    ]
+
+
+def pair_losses(
+    scores_2B: tuple[Tensor, Tensor], rows: Sequence[EncodedPreference], *, centering: float
+) -> tuple[Tensor, Tensor]:
+    """loss_B of each pair, and the pairs' weights."""
+    chosen_B, rejected_B = scores_2B
+    losses_B = preference_loss(
+        chosen_B,
+        rejected_B,
+        p_chosen_B=chosen_B.new_tensor([row.p_chosen for row in rows]),
+        margin_B=chosen_B.new_tensor([row.margin for row in rows]),
+        centering=centering,
+    )
+    return losses_B, chosen_B.new_tensor([row.weight for row in rows])
+
+
+class RmTrainer(StageTrainer, RewardTrainer):
+    """TRL's RewardTrainer with margins, soft labels, weights and centering: weighted mean over the whole batch."""
+
+    def scores(self, model: nn.Module, rows: Sequence[EncodedPreference]) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and of the rejected sides, from one forward pass."""
+        scores_2B = last_token_scores(
+            model,
+            [row.chosen for row in rows] + [row.rejected for row in rows],
+            packing=self.run.context.shared.packing,
+            precision=self.accelerator.autocast(),
+        )
+        chosen_B, rejected_B = scores_2B.chunk(2)
+        return chosen_B, rejected_B
+
+    def summed_loss(self, model: nn.Module, rows: Sequence[EncodedPreference]) -> Tensor:
+        """Weighted sum of the pairs' losses."""
+        losses_B, weight_B = pair_losses(self.scores(model, rows), rows, centering=self.run.context.config.centering)
+        return (losses_B * weight_B).sum()
+
+    def holdout_figures(self, step: int) -> dict[str, float]:
+        """The training loss on the holdout, and what `stages.core.calibration` says of the scores."""
+        total, weight = 0.0, 0.0
+        pairs: list[JudgedPair] = []
+        for rows in self.holdout_passes():
+            scores = self.scores(self.model, rows)
+            losses_B, weight_B = pair_losses(scores, rows, centering=self.run.context.config.centering)
+            total += (losses_B * weight_B).sum().item()
+            weight += weight_B.sum().item()
+            pairs += judged_pairs(scores, rows)
+        self._log_samples(step, pairs)
+        figures = {f"eval/{name}": value for name, value in reward_figures(pairs).items()}
+        return {"eval/loss": total / weight, **figures}
+
+    def _log_samples(self, step: int, pairs: Sequence[JudgedPair]) -> None:
+        encoder = self.run.encoder
+        for row, pair in zip(self.run.holdout[:SAMPLED_PAIRS], pairs, strict=False):
+            prompt = encoder.tokenizer.decode(row.chosen[: row.prompt_length], skip_special_tokens=True)
+            sides = [(row.chosen, pair.chosen_score, "chosen"), (row.rejected, pair.rejected_score, "rejected")]
+            self.run.context.metrics.samples(
+                step,
+                [
+                    {
+                        "prompt": prompt,
+                        "response": encoder.decode_response(tokens[row.prompt_length :]),
+                        "score": score,
+                        "label": label,
+                        "origin": row.origin,
+                    }
+                    for tokens, score, label in sides
+                ],
+            )
