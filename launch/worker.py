@@ -13,11 +13,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from data.errors import UserError
-from launch.answer import Answer
+from launch.answer import MENDABLE, Answer
 
 if TYPE_CHECKING:
     from pipeline.inputs import Run
-    from pipeline.state import Resume
     from pipeline.state import Resume
 
 
@@ -73,10 +72,20 @@ def _stage_names(request: Request, present: list[str]) -> list[str]:
 
 def _plan(run: "Run", names: list[str], request: Request) -> Answer:
     from pipeline.console import stdout_console
-    from pipeline.plan import make_plan, print_plan
+    from pipeline.plan import make_plan, plan_data
+    from pipeline.plan_view import print_plan
 
-    plan = make_plan(run, names, resume=request.resume)
-    return Answer({"status": "planned", **plan}, lambda: print_plan(plan, stdout_console()))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan downloads nothing
+    plans = make_plan(run, names, resume=request.resume)
+    problems = [problem for plan in plans for problem in plan.problems]
+
+    def show() -> None:
+        print_plan(plans, stdout_console())
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+
+    status = "error" if problems else "planned"
+    return Answer({"status": status, "problems": problems, **plan_data(plans, run)}, show, MENDABLE if problems else 0)
 
 
 def _run(run: "Run", names: list[str], request: Request) -> Answer:

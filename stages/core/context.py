@@ -48,9 +48,7 @@ class StageContext(Generic[ConfigT]):
     config_folder: Path | None  # where relative paths of the config are looked up first
     shared: SharedConfig
     config: ConfigT
-    inputs: Mapping[
-        str, str
-    ]  # role -> stage folder, model folder, hub id or file.py:function; roles: pipeline/inputs.py
+    inputs: Mapping[str, str]  # role (see pipeline/inputs.py) -> folder, hub id or file.py:function
     key: str  # content key; a checkpoint with another key is never resumed
     metrics: Metrics
     should_stop: Callable[[], bool]

@@ -1,0 +1,81 @@
+"""Everything short of training: what each stage would read, do and take, and whether it would run at all."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data.errors import UserError
+from pipeline.inputs import Run, missing_inputs, stage_facts, stage_inputs
+from pipeline.plan_batches import ppo_arithmetic, supervised_arithmetic
+from pipeline.plan_data import DataPlan, check_data, unbuilt_sources
+from pipeline.plan_memory import memory_estimate
+from pipeline.state import Resume, decide
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a launch would do about one stage; `memory` is bytes by "role: part", or why there is no estimate."""
+
+    stage: str
+    action: str
+    why: str
+    data: DataPlan
+    batches: list[str]
+    memory: dict[str, int] | str
+    problems: list[str] = field(default_factory=list[str])
+
+
+def make_plan(run: Run, names: Sequence[str], *, resume: Resume) -> list[StagePlan]:
+    """A plan for each named stage, in order. Reads configs, tokenizers and rows; no weights; writes nothing."""
+    plans: list[StagePlan] = []
+    for stage in names:
+        changing = [plan.stage for plan in plans if plan.action != "skip"]
+        plans.append(_plan_stage(run, stage, changing=changing, resume=resume))
+    return plans
+
+
+def plan_data(plans: Sequence[StagePlan], run: Run) -> dict[str, Any]:
+    """The plan as data, for machines."""
+    return {"out": str(run.folder), "stages": [asdict(plan) for plan in plans]}
+
+
+def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> StagePlan:
+    problems: list[str] = []
+    action, why = "build", ""
+    try:
+        action, why = _decision(run, stage, changing=changing, resume=resume)
+    except UserError as error:
+        problems += error.problems
+        why = "see the errors"
+    data = DataPlan(unchecked="reads no rows")
+    try:
+        if stage != "toy":
+            data = check_data(run, stage)
+    except UserError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+        data = DataPlan(unchecked="see the errors")
+    memory = memory_estimate(run, stage, data.longest) if stage != "toy" else "less than 1 GB"
+    return StagePlan(stage, action, why, data, _batches(run, stage, data), memory, problems)
+
+
+def _decision(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> tuple[str, str]:
+    """skip, resume or build, and why; a stage whose input is yet to be built or rebuilt is built after it."""
+    inputs = stage_inputs(run, stage)
+    after = {name for name in changing if str(run.stage_folder(name)) in inputs.values()}
+    after.update(unbuilt_sources(run, stage))
+    if stage != "toy":
+        after.update(name for name in changing if name == "toy" and run.config.base_model == "stage:toy")
+    if after:
+        return "build", f"after {', '.join(sorted(after))}"
+    if missing := missing_inputs(run, inputs):
+        raise UserError(*missing)
+    decision = decide(run.stage_folder(stage), stage_facts(run, stage), resume=resume)
+    return decision.action, decision.why
+
+
+def _batches(run: Run, stage: str, data: DataPlan) -> list[str]:
+    config = run.config
+    if stage == "ppo" and config.ppo is not None:
+        return ppo_arithmetic(config.ppo)
+    section = config.sft if stage == "sft" else config.rm if stage == "rm" else None
+    return supervised_arithmetic(section, data.rows.get("train")) if section is not None else []

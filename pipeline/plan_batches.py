@@ -1,0 +1,43 @@
+"""Batch arithmetic, spelled out: which numbers make which, and how many optimizer steps they come to."""
+
+import math
+
+from stages.core.supervised_config import SupervisedSection
+from stages.ppo.config import PpoConfig
+
+RANKS = 1  # this version trains in one process
+
+
+def supervised_arithmetic(section: SupervisedSection, train_rows: int | None) -> list[str]:
+    """The lines for sft and rm; without row counts where the rows are not known yet."""
+    lines = [
+        f"batch {section.batch_size} = {section.rows_per_pass} rows per device x {section.accumulation} accumulation "
+        f"x {RANKS} rank"
+    ]
+    if section.max_steps is not None:
+        lines.append(f"{section.max_steps} optimizer steps (max_steps), {section.max_steps * section.batch_size} rows")
+    elif train_rows is None:
+        lines.append(f"{section.epochs:g} epochs; steps depend on the rows")
+    else:
+        steps = math.ceil(round(train_rows * section.epochs) / section.batch_size)
+        lines.append(
+            f"{train_rows} rows / {section.batch_size} = {train_rows / section.batch_size:.1f} steps per epoch; "
+            f"x {section.epochs:g} epochs = {steps} optimizer steps"
+        )
+    return lines
+
+
+def ppo_arithmetic(section: PpoConfig) -> list[str]:
+    """The lines for ppo."""
+    prompts = section.rollout_batch_size // section.samples_per_prompt
+    minibatches = section.rollout_batch_size // section.minibatch_size
+    per_update = minibatches * section.epochs
+    return [
+        f"{section.rollout_batch_size} responses per update = {prompts} prompts x {section.samples_per_prompt} samples, "
+        f"on {RANKS} rank",
+        f"{section.rollout_batch_size} responses / {section.minibatch_size} per minibatch = {minibatches} minibatches; "
+        f"x {section.epochs} epochs = {per_update} optimizer steps per update",
+        f"{section.updates} updates = {section.updates * section.rollout_batch_size} episodes, "
+        f"{section.updates * per_update} optimizer steps",
+        f"at most {section.response_length} new tokens a response, {section.microbatch_tokens} tokens a forward pass",
+    ]

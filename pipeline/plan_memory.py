@@ -1,0 +1,88 @@
+"""A stage's memory by role, from configs alone."""
+
+from pathlib import Path
+
+from data.artifacts import MANIFEST
+from pipeline.inputs import Run, stage_inputs
+from pipeline.model_files import model_config
+from pipeline.plan_data import tokenizer_place
+from stages.core.config import Tuning
+from stages.core.memory import (
+    BYTES,
+    CHUNK_LOGITS,
+    ModelShape,
+    Training,
+    base_bytes,
+    model_shape,
+    trained_parameters,
+    training_bytes,
+)
+from stages.ppo.config import PpoConfig
+
+_ROLLOUT_BATCH = 256  # responses the native engine decodes at once
+
+
+def memory_estimate(run: Run, stage: str, longest: int) -> dict[str, int] | str:
+    """ "role: part" -> bytes, or in words why no estimate can be made; `longest` row in tokens, 0 where unknown."""
+    shape = _shape(run, stage)
+    if isinstance(shape, str):
+        return shape
+    config = run.config
+    tuning = getattr(getattr(config, stage), "tuning", None) or config.tuning
+    if stage == "ppo" and config.ppo is not None:
+        return _ppo(run, config.ppo, shape, tuning)
+    if stage in ("sft", "rm"):
+        section = config.sft if stage == "sft" else config.rm
+        assert section is not None
+        tokens = section.rows_per_pass * min(longest or config.max_length, config.max_length)
+        tokens *= 2 if stage == "rm" else 1  # both sides of a pair
+        logits = min(tokens * shape.vocabulary, CHUNK_LOGITS) if stage == "sft" else 0
+        parts = training_bytes(shape, Training(tuning, config.dtype, tokens, logits))
+        role = "policy" if stage == "sft" else "reward model"
+        return {f"{role}: {part}": size for part, size in parts.items()}
+    assert config.eval is not None
+    kv_tokens = min(config.eval.max_prompts, _ROLLOUT_BATCH) * config.max_length
+    return {
+        "one policy at a time: weights": base_bytes(shape, tuning, config.dtype),
+        "one policy at a time: KV cache": shape.kv_cache_bytes(kv_tokens, BYTES[config.dtype]),
+    }
+
+
+def _ppo(run: Run, section: PpoConfig, shape: ModelShape, tuning: Tuning) -> dict[str, int]:
+    """The bank of policy, value and reference on one base, the rewards beside it, and the rollout."""
+    config = run.config
+    tokens = section.microbatch_tokens
+    logits = min(tokens * shape.vocabulary, CHUNK_LOGITS)
+    policy = training_bytes(shape, Training(tuning, config.dtype, tokens, logits))
+    sizes = {f"policy: {part}": size for part, size in policy.items()}
+    sizes["reference: weights"] = 0 if tuning.method == "lora" else shape.parameters * BYTES[config.dtype]
+    trained = trained_parameters(shape, tuning)
+    if section.critic == "model":
+        sizes["value: weights"] = base_bytes(shape, tuning, config.dtype)
+    if section.critic != "shared":
+        sizes["value: adapters"] = 4 * trained if tuning.method == "lora" else 0
+        sizes["value: gradients and optimizer"] = 12 * trained
+        sizes["value: activations"] = policy["activations"]
+    for role, source in stage_inputs(run, "ppo").items():
+        if role.startswith("reward") and ".py:" not in source and ":" not in source:
+            reward = _shape_of(run, source)
+            sizes[f"{role}: weights"] = (shape if isinstance(reward, str) else reward).parameters * BYTES[config.dtype]
+    responses = min(section.rollout_batch_size, _ROLLOUT_BATCH)
+    sizes["rollout: KV cache"] = shape.kv_cache_bytes(responses * config.max_length, BYTES[config.dtype])
+    return sizes
+
+
+def _shape(run: Run, stage: str) -> ModelShape | str:
+    place = tokenizer_place(run, stage)
+    return "its model comes from stage toy, which is not built yet" if place is None else _shape_of(run, place)
+
+
+def _shape_of(run: Run, source: str) -> ModelShape | str:
+    config = model_config(source)
+    if config is None:
+        unbuilt = Path(source).parent == run.folder and not (Path(source) / MANIFEST).is_file()
+        return f"{source} is not built yet" if unbuilt else f"the estimate needs config.json of {source}; download it"
+    try:
+        return model_shape(config)
+    except KeyError as error:
+        return f"config.json of {source} has no {error}, which the estimate needs"
