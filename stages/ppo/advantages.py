@@ -15,8 +15,8 @@ def token_rewards(score_B: Tensor, kl_BR: Tensor, mask_BR: Tensor, kl_coef: floa
     """
     reward_BR = torch.where(mask_BR, -kl_coef * kl_BR, 0.0)
     last_B = mask_BR.sum(1) - 1
-    reward_BR[torch.arange(len(score_B), device=score_B.device), last_B] += score_B
-    return reward_BR
+    is_last_BR = torch.arange(mask_BR.shape[1], device=mask_BR.device) == last_B[:, None]
+    return reward_BR + torch.where(is_last_BR, score_B[:, None], 0.0)
 
 
 def gae(
