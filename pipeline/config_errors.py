@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -35,8 +36,12 @@ def problem_lines(error: ValidationError, raw: object, model: type[BaseModel]) -
         by_key.setdefault(".".join(map(str, _clean(details, raw))), []).append(details)
     lines: list[str] = []
     for key, group in by_key.items():
+        message = _message(key, group, raw, model)
+        if group[0]["type"] == "value_error" and re.match(r"[a-z_]+=", message):
+            lines.append(f"{key}.{message}" if key else message)  # a check across fields names the field itself
+            continue
         found = "" if group[0]["type"] == "missing" else f"={show(_value(raw, _clean(group[0], raw)))}"
-        lines.append(f"{key or 'config'}{found}: {_message(key, group, raw, model)}")
+        lines.append(f"{key or 'config'}{found}: {message}")
     return lines
 
 

@@ -51,6 +51,7 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
     try:
         if stage != "toy":
             data = check_data(run, stage)
+            problems += data.problems
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
         data = DataPlan(unchecked="see the errors")

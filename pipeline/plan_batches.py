@@ -33,8 +33,8 @@ def ppo_arithmetic(section: PpoConfig) -> list[str]:
     minibatches = section.rollout_batch_size // section.minibatch_size
     per_update = minibatches * section.epochs
     return [
-        f"{section.rollout_batch_size} responses per update = {prompts} prompts x {section.samples_per_prompt} samples, "
-        f"on {RANKS} rank",
+        f"{section.rollout_batch_size} responses per update = {prompts} prompts x {section.samples_per_prompt} "
+        f"samples, on {RANKS} rank",
         f"{section.rollout_batch_size} responses / {section.minibatch_size} per minibatch = {minibatches} minibatches; "
         f"x {section.epochs} epochs = {per_update} optimizer steps per update",
         f"{section.updates} updates = {section.updates * section.rollout_batch_size} episodes, "

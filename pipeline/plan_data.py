@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data.artifacts import MANIFEST
 from data.chat import ChatEncoder, load_tokenizer
 from data.encoded import EncodedDemonstration, EncodedPreference, EncodedPrompt
+from data.errors import UserError
 from data.paths import STAGE_PREFIX, in_run
 from data.prepare import Prepared, prepare_demonstrations, prepare_preferences, prepare_prompts
 from data.report import DataReport
@@ -45,6 +46,7 @@ class DataPlan:
     examples: list[list[Piece]] = field(default_factory=list[list[Piece]])
     longest: int = 0
     unchecked: str = ""
+    problems: list[str] = field(default_factory=list[str])
 
 
 def stage_sources(run: Run, stage: str) -> list[SourceConfig]:
@@ -129,8 +131,11 @@ def _prepare(run: Run, stage: str, encoder: ChatEncoder) -> Prepared[Any]:
 
 def _data_plan(run: Run, prepared: Prepared[Any], tokenizer: "PreTrainedTokenizerBase") -> DataPlan:
     report: DataReport = prepared.report
-    report.check_refused(run.config.max_refused)
-    report.check_train()
+    problems: list[str] = []
+    try:
+        report.check_refused(run.config.max_refused)
+    except UserError as error:
+        problems = list(error.problems)  # told beside the counts, which show what to mend
     fit = report.fit
     return DataPlan(
         rows={
@@ -149,6 +154,7 @@ def _data_plan(run: Run, prepared: Prepared[Any], tokenizer: "PreTrainedTokenize
         histogram=length_histogram(report.lengths),
         examples=[list(_pieces(row, tokenizer)) for row in prepared.train[:_EXAMPLES]],
         longest=max(report.lengths, default=0),
+        problems=problems,
     )
 
 
