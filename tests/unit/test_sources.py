@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +17,8 @@ from data.errors import UserError
 from data.rows import Demonstration, Preference, Prompt
 from data.sources import Loaded, SourceConfig, content_digest, load_rows
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is missing")
 
 USER = {"role": "user", "content": "why?"}
@@ -111,15 +114,15 @@ def test_sources_that_do_not_exist_say_what_to_do(tmp_path: Path) -> None:
             load(Demonstration, path)
 
 
-def test_a_hub_id_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def offline(path: str, subset: str | None, split: str) -> None:
-        raise ConnectionError(f"cannot reach the hub for {path}")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match="nobody/nothing-of-this-name"):
-        load(Demonstration, "nobody/nothing-of-this-name")
+def test_a_hub_id_out_of_reach_is_named() -> None:
+    code = (
+        "from pathlib import Path\nfrom data.rows import Prompt\nfrom data.sources import SourceConfig, load_rows\n"
+        "load_rows(Prompt, [SourceConfig(path='nobody/nothing')], run_folder=Path(), seed=0)"
+    )
+    # huggingface_hub reads the variable when it is imported, so this needs a process of its own.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].startswith("data.errors.UserError: nobody/nothing: neither a file here nor")
 
 
 def test_a_stage_file_is_found_in_the_run_folder(tmp_path: Path) -> None:
