@@ -71,11 +71,11 @@ def _stage_names(request: Request, present: list[str]) -> list[str]:
 
 
 def _plan(run: "Run", names: list[str], request: Request) -> Answer:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan downloads nothing; read when huggingface_hub is imported
     from pipeline.console import stdout_console
     from pipeline.plan import make_plan, plan_data
     from pipeline.plan_view import print_plan
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan downloads nothing
     plans = make_plan(run, names, resume=request.resume)
     problems = [problem for plan in plans for problem in plan.problems]
 
