@@ -127,22 +127,34 @@ def metrics_lines(context: StageContext[Any]) -> list[dict[str, Any]]:
 
 
 def main(folder: Path) -> int:
-    """Runs the case in `folder`; 75 where it stopped with a checkpoint. Ends by kill -9 after `die_after` steps."""
+    """Runs the case in `folder`; 75 where it stopped with a checkpoint.
+
+    `die_after` kills the process (-9) after that many steps of its own, `die_in_save` within that checkpoint.
+    """
     import torch
+
+    from stages.core import checkpoints
 
     torch.set_num_threads(1)
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    die_after = case.pop("die_after", None)
+    die_after, die_in_save = case.pop("die_after", None), case.pop("die_in_save", None)
     data = Path(case.pop("data"))
-    steps = 0
+    counts = {"steps": 0, "saves": 0}
+    seal = checkpoints.seal_checkpoint
 
     def should_stop() -> bool:
-        nonlocal steps
-        steps += 1
-        if steps == die_after:
+        counts["steps"] += 1
+        if counts["steps"] == die_after:
             os.kill(os.getpid(), 9)
         return False
 
+    def seal_or_die(path: Path, *, step: int, key: str) -> None:
+        counts["saves"] += 1
+        if counts["saves"] == die_in_save:
+            os.kill(os.getpid(), 9)
+        seal(path, step=step, key=key)
+
+    checkpoints.seal_checkpoint = seal_or_die
     context = stage_context(folder, data=data, should_stop=should_stop, **case)
     try:
         run_stage(context)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from data.errors import UserError
 from stages.core.config import Tuning
@@ -38,6 +38,7 @@ def tuned_model(source: ModelSource, *, head: Literal["lm", "score"], request: T
     of the source is merged first. A fresh score head starts small, N(0, 1/(D+1)) as in Stiennon et al. 2020
     (2009.01325) and Huang et al. 2024 (2403.17031, detail 9).
     """
+    set_seed(request.seed)
     lora = request.tuning.method == "lora"
     model = load_model(source.base, head=head, dtype=request.dtype if lora else "float32", packing=request.packing)
     if head == "score" and not _is_reward_model(model):
