@@ -4,7 +4,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 TEXT = ["the cat sat on the mat", "a dog ran to the red house", "say yes or no", "user: hello assistant: good day"]
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -46,6 +55,37 @@ def tiny_llama(*, seed: int = 0, vocabulary: int = 300, hidden: int = 32, layers
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A random GPT-2 (learned positions, biases, tied head), in float32."""
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_implementation="sdpa")
+    return _random(GPT2LMHeadModel, config)
+
+
+def tiny_mistral(window: int = 8) -> MistralForCausalLM:
+    """A random Mistral whose attention reaches `window` tokens back, in float32."""
+    config = MistralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        sliding_window=window,
+        attn_implementation="sdpa",
+    )
+    return _random(MistralForCausalLM, config)
+
+
+def _random(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        for parameter in model.parameters():  # biases start at zero, which would hide a forgotten one
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def tiny_model_folder(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:

@@ -1,0 +1,161 @@
+"""Packed attention: the same logits and gradients as documents run one by one or padded, and none of a neighbour."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data.errors import UserError
+from stages.core import attention
+from stages.core.attention import KvCache, decode_layout, pack_layout
+from stages.core.models import backbone
+from stages.core.sequences import PackedBatch
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
+
+CPU = torch.device("cpu")
+LENGTHS = [3, 40, 7, 1, 25, 12, 40]  # four buckets: 40 40 25 | 12 7 | 3 | 1, and beyond a window of 8
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "mistral": tiny_mistral}
+
+
+@pytest.fixture(params=MODELS)
+def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model with transformers' own attention."""
+    build: Callable[[], PreTrainedModel] = MODELS[request.param]
+    return build()
+
+
+def documents(lengths: list[int] = LENGTHS, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths]
+
+
+def packing(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with our attention."""
+    attention.register()
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation(attention.NAME)
+    return twin
+
+
+def packed_logits(model: PreTrainedModel, sequences: list[list[int]]) -> Tensor:
+    batch = PackedBatch.of(sequences, CPU)
+    output = model(input_ids=batch.tokens_1N, position_ids=batch.position_ids_1N, layout=batch.layout, use_cache=False)
+    return output.logits[0]
+
+
+def gradients(model: PreTrainedModel, logits_NV: Tensor) -> dict[str, Tensor]:
+    """Gradients of a loss that weighs every logit differently."""
+    weights = torch.randn(logits_NV.shape, generator=torch.Generator().manual_seed(2))
+    model.zero_grad()
+    (logits_NV * weights).mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_there_are_several_buckets() -> None:
+    assert [bucket.shape for bucket in pack_layout(LENGTHS, CPU).buckets] == [(3, 40), (2, 12), (1, 3), (1, 1)]
+
+
+def test_logits_and_gradients_equal_documents_run_one_by_one(plain: PreTrainedModel) -> None:
+    sequences, model = documents(), packing(plain)
+    packed = packed_logits(model, sequences)
+    single = torch.cat([plain(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in sequences])
+    torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
+
+    ours, theirs = gradients(model, packed), gradients(plain, single)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def test_logits_equal_a_right_padded_batch(plain: PreTrainedModel) -> None:
+    sequences = documents()
+    mask_BS = torch.arange(max(LENGTHS))[None, :] < torch.tensor(LENGTHS)[:, None]
+    tokens_BS = torch.zeros(mask_BS.shape, dtype=torch.long)
+    tokens_BS[mask_BS] = torch.tensor([token for each in sequences for token in each])
+    padded = plain(input_ids=tokens_BS, attention_mask=mask_BS.long(), use_cache=False).logits[mask_BS]
+    torch.testing.assert_close(packed_logits(packing(plain), sequences), padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5], [6, 6, 6], [9, 5], [1, 1]])
+def test_one_bucket_equals_one_by_one(plain: PreTrainedModel, lengths: list[int]) -> None:
+    sequences = documents(lengths)
+    single = torch.cat([plain(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in sequences])
+    torch.testing.assert_close(packed_logits(packing(plain), sequences), single, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_document_changes_no_other_bit_for_bit(plain: PreTrainedModel) -> None:
+    model, sequences = packing(plain), documents()
+    before = packed_logits(model, sequences).split(LENGTHS)
+    for changed in range(len(sequences)):
+        other = [*sequences[:changed], documents(seed=9)[changed], *sequences[changed + 1 :]]
+        after = packed_logits(model, other).split(LENGTHS)
+        for row, (old, new) in enumerate(zip(before, after, strict=True)):
+            assert torch.equal(old, new) == (row != changed)
+
+
+@torch.no_grad()
+def test_a_token_changes_nothing_before_it(plain: PreTrainedModel) -> None:
+    model, (sequence,) = packing(plain), documents([30])
+    before = packed_logits(model, [sequence])
+    after = packed_logits(model, [[*sequence[:17], 299, *sequence[18:]]])
+    assert torch.equal(before[:17], after[:17])
+    assert not torch.equal(before[17:], after[17:])
+
+
+@torch.no_grad()
+def test_decoding_over_the_cache_equals_the_whole_sequence(plain: PreTrainedModel) -> None:
+    model, sequences, prompts = packing(plain), documents([9, 20, 13]), [4, 15, 2]
+    cache = KvCache(capacity=20)
+    packed = PackedBatch.of([each[:cut] for each, cut in zip(sequences, prompts, strict=True)], CPU)
+    layout = pack_layout(prompts, CPU, cache)
+    body = backbone(model)
+    body(input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=layout, use_cache=False)
+    whole = [backbone(plain)(input_ids=torch.tensor([each])).last_hidden_state[0] for each in sequences]
+    for step in range(5):
+        new = torch.tensor([[each[cut + step] for each, cut in zip(sequences, prompts, strict=True)]])
+        output = body(input_ids=new, position_ids=cache.lengths_B[None], layout=decode_layout(cache), use_cache=False)
+        cache.lengths_B = cache.lengths_B + 1
+        expected = torch.stack([hidden[cut + step] for hidden, cut in zip(whole, prompts, strict=True)])
+        torch.testing.assert_close(output.last_hidden_state[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_selected_cache_rows_continue_as_their_own_sequence() -> None:
+    model, sequences = packing(tiny_llama()), documents([6, 11])
+    cache = KvCache(capacity=16)
+    packed = PackedBatch.of(sequences, CPU)
+    layout = pack_layout([6, 11], CPU, cache)
+    backbone(model)(input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=layout, use_cache=False)
+    cache.select(torch.tensor([1, 0, 1]))
+    new = torch.tensor([[50, 60, 70]])
+    output = backbone(model)(
+        input_ids=new, position_ids=cache.lengths_B[None], layout=decode_layout(cache), use_cache=False
+    )
+    expected = [
+        backbone(model)(
+            input_ids=torch.tensor([[*sequences[row], token]]),
+            position_ids=torch.arange(len(sequences[row]) + 1)[None],
+            layout=pack_layout([len(sequences[row]) + 1], CPU),
+            use_cache=False,
+        ).last_hidden_state[0, -1]
+        for row, token in ((1, 50), (0, 60), (1, 70))
+    ]
+    torch.testing.assert_close(output.last_hidden_state[0], torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    model, sequences = packing(tiny_llama()), documents()
+    exact = packed_logits(model, sequences)
+    rough = packed_logits(copy.deepcopy(model).to(torch.bfloat16), sequences)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=0.05, atol=0.02)
+
+
+def test_a_model_that_passes_no_layout_is_refused() -> None:
+    model = packing(tiny_llama())
+    with pytest.raises(UserError, match="packing=true"):
+        model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
