@@ -1,18 +1,32 @@
 """The layouts that are no table of rows: message trees with ranked replies, and plain text."""
 
+import random
 import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from data.parse import ROLES, map_columns, parse_row, read_text
 from data.rows import Demonstration, Message, Preference, Prompt, Row, RowError
 
 RowT = TypeVar("RowT", Demonstration, Preference, Prompt)
+Spoil: TypeAlias = Literal["shuffle", "cut"]
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’])\s+")
 
 
-def parse_text(kind: type[RowT], record: object, *, columns: Mapping[str, str], prompt_words: int, origin: str) -> RowT:
-    """The first `prompt_words` words of a text as a prompt; the rest, with the space before it, as the response."""
+def parse_text(
+    kind: type[RowT],
+    record: object,
+    *,
+    columns: Mapping[str, str],
+    prompt_words: int,
+    spoil: Spoil | None,
+    origin: str,
+) -> RowT:
+    """The first `prompt_words` words of a text as a prompt; the rest, with the space before it, as the response.
+
+    A preference pair sets the rest against the same rest spoiled.
+    """
     text = record
     if isinstance(record, dict):
         fields = map_columns(cast(dict[str, Any], record), columns)
@@ -28,7 +42,35 @@ def parse_text(kind: type[RowT], record: object, *, columns: Mapping[str, str], 
         return parse_row(kind, {"prompt": text[:end]}, columns={}, origin=origin)
     if end == len(text):
         raise RowError(f"{len(words)} words, so nothing is left to respond after prompt_words={prompt_words}")
-    return parse_row(kind, {"prompt": text[:end], "response": text[end:]}, columns={}, origin=origin)
+    prompt, rest = text[:end], text[end:]
+    if kind is Preference:
+        assert spoil is not None
+        return cast(RowT, Preference(prompt, rest, spoiled(rest, spoil), origin=origin))
+    return parse_row(kind, {"prompt": prompt, "response": rest}, columns={}, origin=origin)
+
+
+def spoiled(text: str, how: Spoil) -> str:
+    """`text` made worse in one known way, seeded by the text itself.
+
+    shuffle: the sentences after the first stand in another order, as in BART's sentence permutation (Lewis et al. 2019,
+    1910.13461): same words, same length. cut: the text breaks off within its words, after a fifth to four fifths of
+    them. Raises RowError where it is too short for that.
+    """
+    chance = random.Random(text)
+    if how == "cut":
+        words = list(re.finditer(r"\S+", text))
+        if len(words) < 5:
+            raise RowError(f"{len(words)} words after the prompt, too few to cut; 5 are needed")
+        return text[: words[round(len(words) * chance.uniform(0.2, 0.8)) - 1].end()]
+    sentences = _BETWEEN_SENTENCES.split(text)
+    spaces = _BETWEEN_SENTENCES.findall(text)
+    # The first one completes the prompt's sentence; elsewhere it would give the pair away.
+    order = list(range(1, len(sentences)))
+    if len({sentences[place] for place in order}) < 2:
+        raise RowError(f"{len(sentences)} sentences after the prompt, too few to shuffle; 3 different ones are needed")
+    while [sentences[place] for place in order] == sentences[1:]:
+        chance.shuffle(order)
+    return sentences[0] + "".join(space + sentences[place] for space, place in zip(spaces, order, strict=True))
 
 
 def parse_tree(kind: type[RowT], record: object, origin: str) -> Iterator[RowT | RowError]:

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.artifacts import sha256_file
 from data.errors import UserError
-from data.layouts import parse_text, parse_tree
+from data.layouts import Spoil, parse_text, parse_tree
 from data.parse import parse_row
 from data.paths import STAGE_PREFIX, ConfigPath, in_run
 from data.readers import SUFFIXES, Record, has_known_suffix, read_hub, read_records
@@ -48,6 +48,17 @@ class SourceConfig(BaseModel):
         "text: strings, or a `text` column, split into an opening and the rest",
     )
     prompt_words: Annotated[int, Field(ge=1)] = Field(8, description="words of a text that make its prompt")
+    spoil: Spoil | None = Field(
+        None,
+        description="layout text as preference pairs: chosen is the text's rest, rejected the same rest with its "
+        "sentences shuffled (shuffle) or broken off (cut)",
+    )
+
+    @model_validator(mode="after")
+    def _spoil_needs_text(self) -> Self:
+        if self.spoil is not None and self.layout != "text":
+            raise ValueError(f"spoil={self.spoil} makes pairs of plain text only; set layout: text or leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,11 @@ def read_source(kind: type[RowT], source: SourceConfig, *, run_folder: Path) -> 
 
     Raises UserError where nothing can be read: no such file, unknown kind, hub out of reach.
     """
-    if source.layout == "text" and kind is Preference:
-        raise UserError(f"{source.path}: layout text holds no preference pairs; use rows or ranked_tree")
+    if source.layout == "text" and kind is Preference and source.spoil is None:
+        raise UserError(
+            f"{source.path}: layout text holds no preference pairs; set spoil: shuffle or cut to make them, "
+            "or use layout rows or ranked_tree"
+        )
     result: SourceRows[RowT] = SourceRows(source, [], [])
     for record in _records(source, run_folder):
         for row in _rows_of(kind, source, record):
@@ -186,6 +200,7 @@ def _rows_of(kind: type[RowT], source: SourceConfig, record: Record) -> Iterator
                 record.value,
                 columns=source.columns,
                 prompt_words=source.prompt_words,
+                spoil=source.spoil,
                 origin=record.origin,
             )
         else:
