@@ -54,7 +54,7 @@ def run(context: StageContext[PpoConfig]) -> StageResult:
     checkpoint = latest_checkpoint(context.out / "checkpoints", context.key)
     if checkpoint is not None:
         ppo.state.load(checkpoint.path, ppo.collector.bank, ppo.updater.optimizer)
-        context.metrics.say(f"ppo: resumed after update {ppo.state.update} of {context.config.updates}")
+        context.metrics.say(f"resumed after update {ppo.state.update} of {context.config.updates}")
     # Without a checkpoint the samples taken before the first update go too.
     context.metrics.rewind(ppo.state.update if checkpoint else -1)
     context.metrics.start(context.config.updates, "update")
@@ -108,7 +108,7 @@ def _prompts(context: StageContext[PpoConfig], encoder: ChatEncoder) -> Prepared
     )
     prompts.report.write_quarantine(context.out / "quarantine.jsonl")
     prompts.report.check_refused(shared.max_refused)
-    context.metrics.say(f"ppo: {prompts.report.summary()}")
+    context.metrics.say(prompts.report.summary())
     return prompts
 
 
