@@ -94,7 +94,6 @@ def _run(run: "Run", names: list[str], request: Request) -> Answer:
     from pipeline.report import print_report, read_report
 
     stop = stop_on_signal()
-    set_threads_and_seeds(run.config.threads, run.config.seed)
     console = stderr_console()
     launch = Launch(
         run=run,
@@ -102,6 +101,7 @@ def _run(run: "Run", names: list[str], request: Request) -> Answer:
         viewer=lambda stage: StageView(stage, console),
         say=console.print,
         should_stop=stop.is_set,
+        before_stage=lambda: set_threads_and_seeds(run.config.threads, run.config.seed),
     )
     outcomes = run_stages(launch, names)
     report = read_report(run.folder) if names[-1] == "eval" else None

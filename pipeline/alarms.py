@@ -112,12 +112,15 @@ def scores_saturating(figures: Figures) -> str | None:
 
 
 def critic_useless(figures: Figures, share_done: float) -> str | None:
-    """The critic explains less than nothing after a fifth of the run."""
+    """After a fifth of the run the critic explains less than nothing, by more than twice the standard error."""
     name = "value/explained_variance"
     if share_done < 0.2 or name not in figures or figures[name].count < WINDOW:
         return None
     recent = list(figures[name].last)[-10:]
-    if _all_finite(recent) and (mean := statistics.fmean(recent)) < 0:
+    if not _all_finite(recent):
+        return None
+    mean, error = statistics.fmean(recent), statistics.stdev(recent) / math.sqrt(len(recent))
+    if mean < -2 * error:
         return f"the critic explains nothing (explained variance {mean:.2f}); raise ppo.value_learning_rate"
     return None
 

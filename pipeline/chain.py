@@ -39,6 +39,7 @@ class Launch:
     viewer: StageViewer
     say: Callable[[str], None]
     should_stop: Callable[[], bool]
+    before_stage: Callable[[], None]  # seeds, so that a stage does not depend on which others ran in this process
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,14 @@ def _make_room(launch: Launch, stage: str, decision: Decision) -> None:
     folder.mkdir(exist_ok=True)
 
 
+def load_stage(stage: str) -> Callable[[StageContext[Any]], StageResult]:
+    """The `run` function of a stage, imported only now: it brings torch and more."""
+    return importlib.import_module(f"stages.{stage}.stage").run
+
+
 def _build(launch: Launch, stage: str, facts: Mapping[str, Any], parents: Sequence[Path]) -> Artifact:
     """Runs one stage in its folder and writes the manifest last."""
+    launch.before_stage()
     run, folder = launch.run, launch.run.stage_folder(stage)
     write_atomically(folder / "config.yaml", dump_config(run.config))
     write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2, sort_keys=True) + "\n")
@@ -137,7 +144,7 @@ def _build(launch: Launch, stage: str, facts: Mapping[str, Any], parents: Sequen
             metrics=metrics,
             should_stop=launch.should_stop,
         )
-        result: StageResult = importlib.import_module(f"stages.{stage}.stage").run(context)
+        result = load_stage(stage)(context)
     artifact = describe(folder, stage=stage, key=context.key, result=result, parents=parents)
     write_manifest(folder, artifact)
     return artifact
