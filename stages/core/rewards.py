@@ -8,8 +8,10 @@ Legend: B sequences, N packed tokens, D hidden size.
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,14 +86,17 @@ class FunctionScorer:
 
         Raises UserError where it is not one finite number a response.
         """
-        scores = list(self.function(list(answered.prompts), list(answered.responses), list(answered.rows)))
+        returned: Any = self.function(list(answered.prompts), list(answered.responses), list(answered.rows))
+        if not isinstance(returned, Iterable):
+            raise UserError(f"reward function {self.name}: returned {returned!r}; return one number a response")
+        scores: list[Any] = returned.tolist() if isinstance(returned, Tensor) else list(returned)
         if len(scores) != len(answered.responses):
             raise UserError(
                 f"reward function {self.name}: {len(scores)} scores for {len(answered.responses)} responses; "
                 "return one number a response"
             )
         for score in scores:
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
                 raise UserError(f"reward function {self.name}: returned {score!r}; return finite numbers")
         return [float(score) for score in scores]
 
@@ -117,16 +122,19 @@ def load_function(name: str) -> FunctionScorer:
     Raises UserError where there is no such file, module or function.
     """
     source, _, attribute = name.rpartition(":")
+    if not source:
+        raise UserError(f"reward function {name}: names no function; give path.py:function")
     if source.endswith(".py"):
         path = Path(source)
         spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
         if not path.is_file() or spec is None or spec.loader is None:
             raise UserError(f"reward function {name}: no file {path}; give path.py:function")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
         spec.loader.exec_module(module)
     else:
         try:
-            module = importlib.import_module(source or name)
+            module = importlib.import_module(source)
         except (ImportError, ValueError) as error:
             raise UserError(f"reward function {name}: cannot be imported ({error}); give path.py:function") from error
     function = getattr(module, attribute, None)
