@@ -24,5 +24,8 @@ class EvalConfig(Section):
     )
     pairs: list[SourceConfig] = Field([], description="preference pairs on which every reward model is checked")
     max_prompts: Annotated[int, Field(ge=1)] = 256
-    response_length: Annotated[int, Field(ge=1)] = 64
+    response_length: Annotated[int, Field(ge=1)] = Field(64, description="most new tokens")
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    kl_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="nats per response; the report says which policies stay within it"
+    )
