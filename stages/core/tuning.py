@@ -102,7 +102,7 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     config, weights, _ = read_adapter(adapter)
     peft_model = PeftModel(model, config)
     _load(peft_model, weights, adapter)
-    return peft_model.merge_and_unload()
+    return peft_model.merge_and_unload().requires_grad_(True)  # peft froze the base
 
 
 def _start_from(model: PeftModel, adapter: Path) -> None:
