@@ -108,14 +108,18 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_tree(temporary)
+    displaced = target.with_name(f".{target.name}.tmp-old")
     if target.exists():
-        displaced = target.with_name(f".{target.name}.tmp-old")
         target.rename(displaced)
+    try:
         temporary.rename(target)
-        shutil.rmtree(displaced)
-    else:
-        temporary.rename(target)
+    except OSError:
+        if displaced.exists():
+            displaced.rename(target)
+        raise
     fsync_path(target.parent)
+    if displaced.exists():
+        shutil.rmtree(displaced)
 
 
 def hash_files(folder: Path, skip: Iterable[str] = (MANIFEST, *UNCOVERED)) -> dict[str, FileEntry]:

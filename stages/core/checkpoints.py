@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,19 +41,10 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
         write(temporary)
         seal_checkpoint(temporary, step=step, key=key)
 
-    target = folder / f"step-{step:08d}"
+    target = folder / _name(step)
     publish_folder(target, write_and_seal)
-    prune_checkpoints(folder, keep=keep)
+    _prune(target, keep=keep)
     return target
-
-
-def prune_checkpoints(folder: Path, *, keep: int) -> None:
-    """Removes all but the newest `keep` sealed checkpoints, and unsealed ones older than those."""
-    sealed = [path for path in _newest_first(folder) if (path / MANIFEST).is_file()]
-    kept = sealed[:keep]
-    for path in _newest_first(folder):
-        if path not in kept and kept and path.name < kept[0].name:
-            shutil.rmtree(path)
 
 
 def latest_checkpoint(folder: Path, key: str) -> Checkpoint | None:
@@ -63,16 +54,44 @@ def latest_checkpoint(folder: Path, key: str) -> Checkpoint | None:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             files = {name: FileEntry(**entry) for name, entry in manifest["files"].items()}
             step, found_key = int(manifest["step"]), manifest["key"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s: unfinished or damaged checkpoint passed over (%s)", path, error)
             continue
         if found_key != key:
+            log.warning("%s: checkpoint of other settings or inputs passed over", path)
             continue
-        if problems := verify_files(path, files):
+        if problems := _problems(path, step, files):
             log.warning("%s: damaged checkpoint passed over (%s)", path, problems[0])
             continue
         return Checkpoint(path, step)
     return None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _problems(path: Path, step: int, files: Mapping[str, FileEntry]) -> list[str]:
+    """What the manifest and the folder disagree on, a line each."""
+    problems = verify_files(path, files)
+    if path.name != _name(step):
+        problems.append(f"{path / MANIFEST}: is that of step {step}")
+    present = {each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file()} - {MANIFEST}
+    return problems + [f"{path / name}: not in {MANIFEST}" for name in sorted(present - files.keys())]
+
+
+def _prune(newest: Path, *, keep: int) -> None:
+    """Removes all but `newest` and the `keep` - 1 sealed ones before it.
+
+    One after it could not be resumed, or `newest` would have been made from it: it must not count as newer.
+    """
+    steps = _newest_first(newest.parent)
+    older = [path for path in steps if path.name < newest.name and (path / MANIFEST).is_file()]
+    kept = [newest, *older[: keep - 1]]
+    unfinished = list(newest.parent.glob(".step-*.tmp-*"))  # of a process that was killed while saving
+    for path in [*steps, *unfinished]:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def _newest_first(folder: Path) -> list[Path]:
