@@ -177,6 +177,9 @@ def test_a_response_is_a_continuation_where_the_tokenizer_begins_texts_with_a_sp
     assert tokenizer.convert_ids_to_tokens(prompt + response) == ["<s>", "▁", "s", "a", "y", "▁yes", "</s>"]
     assert prompt + response[:-1] == tokenizer("say yes")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(encode.response_tokens("say", "yes"))[0] == "y"
+    # Also within a conversation: only its very beginning has the space.
+    row = encode.demonstration(Demonstration([say("user", "a")], [say("assistant", "no"), *TURNS[1:]]))
+    assert [token[0] for token in tokenizer.convert_ids_to_tokens(row.tokens)].count("▁") == 1
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
