@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -92,5 +94,35 @@ def tiny_model_folder(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     """`folder` with a tiny model and its tokenizer, as from_pretrained reads them."""
     tokenizer = tiny_tokenizer()
     tiny_llama(seed=seed, vocabulary=len(tokenizer), layers=layers).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_adapter_folder(folder: Path, base: Path, *, head: str = "lm", seed: int = 1, rank: int = 4) -> Path:
+    """`folder` with a random LoRA adapter on the model in `base`, as the sft ("lm") or rm ("score") stage saves it."""
+    score = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    options = score if head == "score" else {"task_type": "CAUSAL_LM"}
+    kind = LlamaForSequenceClassification if head == "score" else LlamaForCausalLM
+    classes = {"num_labels": 1} if head == "score" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", **options)
+        model = get_peft_model(kind.from_pretrained(base, **classes), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_reward_folder(folder: Path, *, seed: int = 0) -> Path:
+    """`folder` with a tiny full reward model (no adapter) and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = tiny_llama(vocabulary=len(tokenizer)).config
+    config.num_labels = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -19,7 +19,15 @@ from data.chat import ChatEncoder, load_tokenizer
 from data.errors import UserError
 from stages.core.config import SharedConfig, Tuning
 from stages.core.logprobs import token_logprobs
-from stages.core.models import DTYPES, default_device, load_merged, load_model, lora_config, resolve_model
+from stages.core.models import (
+    DTYPES,
+    default_device,
+    is_reward_model,
+    load_merged,
+    load_model,
+    lora_config,
+    resolve_model,
+)
 from stages.core.reward_config import RewardConfig
 from stages.core.rewards import RewardModel, Scorer, WeightedSum, load_function, score_head
 from stages.core.sequences import ResponseBatch
@@ -170,6 +178,8 @@ class BankBuilder:
         encoder = ChatEncoder(tokenizer, max_length=self.shared.max_length, overlong=self.shared.overlong)
         if found.adapter is None:
             model = load_model(found.base, head="score", dtype=self.shared.dtype)
+            if not is_reward_model(model):
+                raise UserError(f"reward model {source}: a language model, without a score head; train one with rm")
             head = score_head(dict(model.named_parameters()), self.device)
             return RewardModel(Trunk(model, self.device), None, head, encoder, source)
         config, weights, head_weights = read_adapter(found.adapter)

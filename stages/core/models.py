@@ -70,6 +70,11 @@ def load_model(
     return model
 
 
+def is_reward_model(model: PreTrainedModel) -> bool:
+    """Whether the loaded folder already held a score head, told by the class that saved it; else it is random."""
+    return any("SequenceClassification" in name for name in model.config.architectures or ())
+
+
 def load_merged(source: ModelSource, *, head: Literal["lm", "score"] = "lm") -> PreTrainedModel:
     """The full model in float32, an adapter merged into its own copy of the base (exact there, not in bfloat16)."""
     model = load_model(source.base, head=head)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from data.errors import UserError
 from stages.core.config import Tuning
-from stages.core.models import ModelSource, load_model, lora_config
+from stages.core.models import ModelSource, is_reward_model, load_model, lora_config
 from stages.core.trunk import read_adapter
 
 TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}
@@ -41,7 +41,7 @@ def tuned_model(source: ModelSource, *, head: Literal["lm", "score"], request: T
     set_seed(request.seed)
     lora = request.tuning.method == "lora"
     model = load_model(source.base, head=head, dtype=request.dtype if lora else "float32", packing=request.packing)
-    if head == "score" and not _is_reward_model(model):
+    if head == "score" and not is_reward_model(model):
         _fresh_head(_score_head(model), request.seed)
     if not lora:
         return model if source.adapter is None else _merged(model, source.adapter)
@@ -83,11 +83,6 @@ def _score_head(model: PreTrainedModel) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise UserError(f"{type(model).__name__}: no head called `score`; use a decoder-only model for rm")
     return head.to(torch.float32)
-
-
-def _is_reward_model(model: PreTrainedModel) -> bool:
-    """Whether the loaded folder already held a score head, told by the class that saved it."""
-    return any("SequenceClassification" in name for name in model.config.architectures or ())
 
 
 def _fresh_head(head: nn.Module, seed: int) -> None:
