@@ -5,6 +5,7 @@ the ids of prompt and response, and the same messages have the same ids in every
 """
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -98,6 +99,8 @@ class ChatEncoder:
         self.template_name = template_name(tokenizer)
         self._eos = cast(int, tokenizer.eos_token_id)
         self._bos = _wanted_bos(tokenizer)
+        # The sides of a pair, and pairs that follow each other, share their prompts.
+        self._cached_ids = lru_cache(maxsize=256)(self._ids)
         self._anchors = [(text, self._encode(text)) for text in _ANCHORS]
         self._decode_anchor = self._encode("a")
         self._lead, self._tail = self._probe_template()
@@ -193,8 +196,11 @@ class ChatEncoder:
         return tokens if self._bos is None or tokens[:1] == [self._bos] else [self._bos, *tokens]
 
     def _encode(self, text: str) -> list[int]:
+        return list(self._cached_ids(text))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
         # verbose=False: the tokenizer's own remark on lengths; ours are handled by `fit`.
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
 
     def _continue(self, text: str) -> list[int]:
         """The ids of text that follows other text: without the space that sentencepiece puts before a beginning."""

@@ -87,7 +87,9 @@ def test_items_on_one_line_of_json_are_told_apart(tmp_path: Path) -> None:
 def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "q", "response": "r"}\r\n\r\n  \n{"prompt": "p", "response": "r"}')
-    assert [row.origin for row in load(Demonstration, path).rows] == [f"{path}:1", f"{path}:4"]
+    loaded = load(Demonstration, path)
+    assert [row.origin for row in loaded.rows] == [f"{path}:1", f"{path}:4"]
+    assert loaded.refused == []
 
 
 def test_a_folder_saved_by_datasets_and_its_splits(tmp_path: Path) -> None:
