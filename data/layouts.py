@@ -53,15 +53,17 @@ def spoiled(text: str, how: Spoil) -> str:
     """`text` made worse in one known way, seeded by the text itself.
 
     shuffle: the sentences after the first stand in another order, as in BART's sentence permutation (Lewis et al. 2019,
-    1910.13461): same words, same length. cut: the text breaks off within its words, after a fifth to four fifths of
-    them. Raises RowError where it is too short for that.
+    1910.13461): same words, same length. cut: the text breaks off after a fifth to four fifths of its words, every
+    other time at the end of a sentence. Raises RowError where it is too short for that.
     """
     chance = random.Random(text)
     if how == "cut":
         words = list(re.finditer(r"\S+", text))
         if len(words) < 5:
             raise RowError(f"{len(words)} words after the prompt, too few to cut; 5 are needed")
-        return text[: words[round(len(words) * chance.uniform(0.2, 0.8)) - 1].end()]
+        end = words[round(len(words) * chance.uniform(0.2, 0.8)) - 1].end()
+        sentence_ends = [space.start() for space in _BETWEEN_SENTENCES.finditer(text, endpos=end + 1)]
+        return text[: sentence_ends[-1] if sentence_ends and chance.random() < 0.5 else end]
     sentences = _BETWEEN_SENTENCES.split(text)
     spaces = _BETWEEN_SENTENCES.findall(text)
     # The first one completes the prompt's sentence; elsewhere it would give the pair away.
