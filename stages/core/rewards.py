@@ -54,14 +54,17 @@ class RewardModel:
     source: str
     batch_tokens: int = 16384
 
-    @torch.no_grad()
     def score(self, answered: Answered) -> list[float]:
         """The head's output at the last token of each prompt with its response, in float32."""
         texts = zip(answered.prompts, answered.responses, answered.finished, strict=True)
+        return self.score_sequences(
+            [self.encoder.score_tokens(prompt, response, finished=finished) for prompt, response, finished in texts]
+        )
+
+    @torch.no_grad()
+    def score_sequences(self, sequences: Sequence[list[int]]) -> list[float]:
+        """The head's output at the last token of each sequence of token ids, in float32."""
         limit = getattr(self.trunk.model.config, "max_position_embeddings", None)
-        sequences = [
-            self.encoder.score_tokens(prompt, response, finished=finished) for prompt, response, finished in texts
-        ]
         # Beyond its positions the model cannot read: the end of the response is what it judges.
         sequences = [tokens[-limit:] if limit else tokens for tokens in sequences]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
