@@ -1,0 +1,70 @@
+"""The bundled quickstart, by its real command: what the README promises of it holds."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config
+
+LONGEST_SECONDS = 480
+MOST_BYTES = 3e9
+WIDTH = 1.5  # how much longer a machine that is not idle may take
+
+
+def launch(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "launch", *arguments, "--json"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def check(folder: Path, seed: int) -> None:
+    began = time.monotonic()
+    answer = launch(folder, "run", "quickstart", f"seed={seed}", "threads=2", "--out", str(folder / "out"))
+    seconds = time.monotonic() - began
+    figures = answer["report"]["figures"]
+    gain = figures["differences"]["ppo - sft"]["gold"]
+    reward = figures["reward_models"]["score"]
+    kl = figures["policies"]["ppo"]["kl"]["mean"]
+    budget = load_config("quickstart").config.eval.kl_budget  # type: ignore[union-attr]
+    assert gain["mean"] >= 0.2
+    assert gain["low"] > 0.1  # the interval is shown, and far from nothing
+    assert gain["count"] >= 200
+    assert reward["accuracy"] >= 0.85
+    assert 0 < kl <= budget
+    assert figures["policies"]["ppo"]["ended"]["mean"] > 0.9
+    assert seconds < WIDTH * LONGEST_SECONDS
+    peak = max(row["memory/peak_bytes"] for row in lines(folder / "out" / "ppo" / "metrics.jsonl"))
+    assert peak < MOST_BYTES
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_chain_lifts_the_true_quality(tmp_path: Path) -> None:
+    check(tmp_path, seed=0)
+    out = tmp_path / "out"
+    again = launch(tmp_path, "run", "quickstart", "--out", str(out), "threads=2")
+    assert [stage["action"] for stage in again["stages"]] == ["skipped"] * 5
+    samples = lines(out / "eval" / "samples.jsonl")
+    asked = {row["prompt"][0]["content"] for row in samples}
+    for name in ("demonstrations", "preferences", "prompts"):
+        rows = lines(out / "toy" / f"{name}.jsonl")
+        assert not asked & {row["prompt"][0]["content"] for row in rows}
+    steps = [row["step"] for row in lines(out / "toy" / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_seeds_do_the_same(tmp_path: Path, seed: int) -> None:
+    check(tmp_path, seed=seed)
