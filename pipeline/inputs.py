@@ -101,14 +101,22 @@ def kind_of(role: str) -> str:
 
 
 def missing_inputs(run: Run, inputs: Mapping[str, str]) -> list[str]:
-    """One line for each input that is an unfinished stage of this run."""
+    """One line for each input that is an unfinished stage of this run, or a path to nothing."""
     lines: list[str] = []
     for role, value in inputs.items():
         folder = Path(value)
-        if folder.parent == run.folder and folder.name in STAGES and not (folder / MANIFEST).is_file():
-            command = "run" if folder.name == "toy" else folder.name
-            lines.append(f"{role}={folder}: this stage is not finished; run `launch {command} CONFIG` first")
+        if folder.parent == run.folder and folder.name in STAGES:
+            if not (folder / MANIFEST).is_file():
+                command = "run" if folder.name == "toy" else folder.name
+                lines.append(f"{role}={folder}: this stage is not finished; run `launch {command} CONFIG` first")
+        elif is_path(value) and not Path(value.rpartition(":")[0] if ".py:" in value else value).exists():
+            lines.append(f"{role}={value}: no such file or folder; paths are looked up beside the config, then here")
     return lines
+
+
+def is_path(source: str) -> bool:
+    """Whether a name can only be a path: hub ids are `name` or `owner/name`."""
+    return source.count("/") > 1 or Path(source).is_absolute() or source.startswith((".", "~"))
 
 
 def stage_facts(run: Run, stage: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from pipeline.inputs import is_path
 from stages.core.memory import known_config
 
 
 def cached_file(hub_id: str, name: str) -> Path | None:
     """A hub file that an earlier download left on this disk."""
-    if hub_id.count("/") > 1 or Path(hub_id).is_absolute() or hub_id.startswith("."):
+    if is_path(hub_id):
         return None
     found = try_to_load_from_cache(hub_id, name)
     return Path(found) if isinstance(found, str) else None

@@ -14,7 +14,7 @@ from data.paths import STAGE_PREFIX, in_run
 from data.prepare import Prepared, prepare_demonstrations, prepare_preferences, prepare_prompts
 from data.report import DataReport
 from data.sources import SourceConfig
-from pipeline.inputs import STAGES, Run, stage_inputs
+from pipeline.inputs import STAGES, Run, is_path, stage_inputs
 from pipeline.model_files import cached_file
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def check_data(run: Run, stage: str) -> DataPlan:
     place = tokenizer_place(run, stage)
     if place is None:
         return DataPlan(unchecked="its tokenizer comes from stage toy, which is not built yet")
+    if not Path(place).is_dir() and is_path(place):
+        return DataPlan(unchecked=f"there is no folder {place} to take the tokenizer from")
     if not Path(place).is_dir() and cached_file(place, "tokenizer_config.json") is None:
         return DataPlan(unchecked=f"the tokenizer of {place} is not on this disk; download it to count tokens")
     tokenizer = load_tokenizer(place, run.config.chat_template)
@@ -192,6 +194,16 @@ def masked_pieces(tokens: Sequence[int], mask: Sequence[bool], tokenizer: "PreTr
     end, before = 0, ""
     for trained, group in itertools.groupby(mask):
         end += len(list(group))
-        text = str(tokenizer.decode(list(tokens[:end]), clean_up_tokenization_spaces=False))
+        text = _decoded(tokens[:end], tokenizer)
         yield Piece(text[len(before) :], trained)
         before = text
+
+
+def _decoded(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text of the tokens, without a character of which a cut row holds only the first bytes."""
+    text = ""
+    for cut in range(4):  # a character has at most four bytes
+        text = str(tokenizer.decode(list(tokens[: len(tokens) - cut]), clean_up_tokenization_spaces=False))
+        if not text.endswith("\ufffd"):
+            break
+    return text

@@ -64,12 +64,20 @@ def _ppo(run: Run, section: PpoConfig, shape: ModelShape, tuning: Tuning) -> dic
         sizes["value: gradients and optimizer"] = 12 * trained
         sizes["value: activations"] = policy["activations"]
     for role, source in stage_inputs(run, "ppo").items():
-        if role.startswith("reward") and ".py:" not in source and ":" not in source:
-            reward = _shape_of(run, source)
-            sizes[f"{role}: weights"] = (shape if isinstance(reward, str) else reward).parameters * BYTES[config.dtype]
+        if role.startswith("reward") and ":" not in source:
+            sizes[f"{role}: weights"] = _reward_bytes(run, source, shape, tuning)
     responses = min(section.rollout_batch_size, _ROLLOUT_BATCH)
     sizes["rollout: KV cache"] = shape.kv_cache_bytes(responses * config.max_length, BYTES[config.dtype])
     return sizes
+
+
+def _reward_bytes(run: Run, source: str, shape: ModelShape, tuning: Tuning) -> int:
+    """A reward model's weights: only an adapter where this run trains it on the base that the policy has."""
+    own = run.config.rm.tuning or run.config.tuning if run.config.rm is not None else run.config.tuning
+    if Path(source) == run.stage_folder("rm") and own.method == tuning.method == "lora":
+        return 4 * shape.lora_parameters(own.rank)
+    reward = _shape_of(run, source)
+    return (shape if isinstance(reward, str) else reward).parameters * BYTES[run.config.dtype]
 
 
 def _shape(run: Run, stage: str) -> ModelShape | str:
