@@ -105,8 +105,13 @@ class Trunk:
     def step(self, tokens_1N: Tensor, position_ids_1N: Tensor, layout: Layout, adapter: str | None) -> Tensor:
         """Last hidden states ND of tokens laid out as `layout` says (packed documents, or one decoding step)."""
         self.use(adapter)
-        output = self.backbone(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)
-        return output.last_hidden_state[0]
+        with self._precision():
+            output = self.backbone(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)
+        hidden_ND = output.last_hidden_state[0]
+        return hidden_ND.float() if self.autocast else hidden_ND
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     @property
     def backbone(self) -> nn.Module:
@@ -126,7 +131,7 @@ class Trunk:
     def check_head(self) -> None:
         """Raises UserError where the model's logits are more than its head applied to the last hidden state."""
         packed = PackedBatch.of([list(range(1, 1 + HEAD_PROBE_TOKENS))], self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             whole = self.model(
                 input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=packed.layout, use_cache=False
             ).logits[0]

@@ -280,6 +280,22 @@ def test_a_saved_policy_loads_elsewhere_with_the_same_logprobs(
     torch.testing.assert_close(again.ref_logprobs(batch()), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tuning", [LORA, FULL])
+def test_bfloat16_trains_float32_weights(base: Path, tuning: Tuning) -> None:
+    """Base and reference are bfloat16; what trains is float32, and its products are bfloat16 all the same."""
+    exact, _, _ = build(base, base, tuning=tuning)
+    builder = BankBuilder(SharedConfig(base_model=str(base), dtype="bfloat16"), device=CPU)
+    bank = builder.policy_bank(str(base), tuning, 1.0)
+    builder.add_critic(bank, "adapter", tuning, None)
+    assert bank.reference.trunk.lm_head.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in bank.trained().values()} == {torch.float32}
+    logprobs = bank.policy_logprobs(batch()).detach()
+    assert not torch.equal(logprobs, exact.policy_logprobs(batch()).detach())
+    torch.testing.assert_close(logprobs, exact.policy_logprobs(batch()).detach(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(logprobs, bank.ref_logprobs(batch()), rtol=0.02, atol=0.02)
+    train_a_little(bank, steps=1)
+
+
 def test_temperature_divides_the_logits_of_policy_and_reference(base: Path) -> None:
     builder = builder_for(base)
     bank = builder.policy_bank(str(base), LORA, 0.5)
