@@ -1,0 +1,321 @@
+"""One PPO update on a tiny model: gradients by definition, however the batch is cut, and no step on nonsense."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.chat import ChatEncoder, load_tokenizer
+from data.encoded import EncodedPrompt
+from data.rows import Prompt
+from stages.core.bank import BankBuilder, PolicyBank
+from stages.core.config import SharedConfig, Tuning
+from stages.core.rewards import FunctionScorer
+from stages.core.rollout.native import NativeEngine
+from stages.core.rollout.protocol import Sampling
+from stages.ppo.config import PpoConfig
+from stages.ppo.control import ScoreShaper
+from stages.ppo.experience import Collector, Experience, Responses, Sampler
+from stages.ppo.update import NonFiniteError, Updater, build_optimizer
+from tests.tiny import tiny_model_folder
+
+CPU = torch.device("cpu")
+CRITICS = ["shared", "adapter", "model"]
+TEXTS = ["the cat", "a dog ran to", "say", "user: hello assistant:", "red", "yes or no", "good day the house", "mat"]
+BR_FIELDS = ("logprobs_BR", "ref_logprobs_BR", "values_BR", "advantages_BR", "returns_BR")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("base"))
+
+
+def ppo_config(**changes: object) -> PpoConfig:
+    settings: dict[str, object] = {
+        "prompts": [{"path": "unused.jsonl"}],
+        "rollout_batch_size": len(TEXTS),
+        "minibatch_size": len(TEXTS),
+        "response_length": 10,
+        "epochs": 1,
+        "max_grad_norm": 1e9,
+        "value_coef": 0.3,
+    }
+    return PpoConfig.model_validate(settings | changes)
+
+
+def make_bank(base: Path, critic: str = "adapter", method: str = "lora") -> PolicyBank:
+    """A bank whose policy is not its reference and whose critic is not zero."""
+    torch.manual_seed(0)
+    builder = BankBuilder(SharedConfig(base_model=str(base)), device=CPU)
+    tuning = Tuning(rank=4, alpha=8) if method == "lora" else Tuning(method="full")
+    bank = builder.policy_bank(str(base), tuning, 0.8)
+    builder.add_critic(bank, critic, tuning, None)
+    with torch.no_grad():
+        for parameter in bank.trained().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return bank
+
+
+def make_experience(bank: PolicyBank, base: Path, config: PpoConfig) -> Experience:
+    encoder = ChatEncoder(load_tokenizer(str(base)), max_length=64)
+    # Several end tokens, so that responses differ in length.
+    sampling = Sampling(config.response_length, bank.temperature, tuple(range(1, 60)))
+    sampler = Sampler(NativeEngine(bank.policy.trunk, bank.policy.adapter), encoder, sampling, 0)
+    scorer = FunctionScorer("test", lambda prompts, responses, rows: [len(each) % 5 - 2.0 for each in responses])
+    collector = Collector(bank, sampler, scorer, config, CPU)
+    prompts = [
+        EncodedPrompt(encoder.prompt_tokens(text), Prompt(text, origin=f"prompts.jsonl:{row + 1}"))
+        for row, text in enumerate(TEXTS)
+    ]
+    return collector.collect(prompts, 1, kl_coef=0.1, shaper=ScoreShaper(config.score))
+
+
+def still_updater(bank: PolicyBank, config: PpoConfig, seed: int = 0) -> Updater:
+    """An updater whose steps move nothing: the gradients stay to be looked at."""
+    optimizer = torch.optim.SGD([{"params": list(bank.trained().values()), "lr": 0.0, "peak_lr": 0.0}])
+    return Updater(bank, config, optimizer, CPU, seed)
+
+
+def gradients(bank: PolicyBank) -> dict[str, Tensor]:
+    return {name: each.grad.clone() for name, each in bank.trained().items() if each.grad is not None}
+
+
+def weights(bank: PolicyBank) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for name, each in bank.trained().items()}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(
+            ours[name], expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()), msg=name
+        )
+
+
+def moved_policy(experience: Experience) -> Experience:
+    """As if the policy had moved since: ratios are off 1 and some are clipped; values are off too."""
+    generator = torch.Generator().manual_seed(5)
+    noise_BR = 0.3 * torch.randn(experience.mask_BR.shape, generator=generator) * experience.mask_BR
+    return replace(experience, logprobs_BR=experience.logprobs_BR + noise_BR, values_BR=experience.values_BR + noise_BR)
+
+
+def permuted(experience: Experience, order: list[int]) -> Experience:
+    responses = experience.responses
+    rows = Responses(
+        *([part[row] for row in order] for part in (responses.prompts, responses.completions, responses.texts))
+    )
+    fields = {name: getattr(experience, name)[order] for name in ("score_B", "mask_BR", *BR_FIELDS)}
+    return replace(experience, responses=rows, **fields)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_first_ratio_is_one(base: Path, critic: str, method: str) -> None:
+    bank, config = make_bank(base, critic, method), ppo_config()
+    experience = make_experience(bank, base, config)
+    figures = still_updater(bank, config).update(experience, 1)
+    assert figures["policy/first_ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert figures["policy/clip_fraction"] == 0
+    assert figures["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
+    everyone = experience.responses.batch(range(len(TEXTS)), CPU)
+    ratios_M = torch.exp(bank.policy_logprobs(everyone).detach() - experience.logprobs_BR[experience.mask_BR])
+    torch.testing.assert_close(ratios_M, torch.ones_like(ratios_M), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
+    """The loss written out token by token, each response by itself and unpacked."""
+    bank, config = make_bank(base, critic), ppo_config()
+    experience = moved_policy(make_experience(bank, base, config))
+    figures = still_updater(bank, config).update(experience, 1)
+    ours = gradients(bank)
+
+    bank_gradients_cleared(bank)
+    total, count = torch.zeros(()), 0
+    for row, completion in enumerate(experience.responses.completions):
+        logprobs, values = bank.logprobs_and_values(experience.responses.batch([row], CPU))
+        for place in range(len(completion.tokens)):
+            old, value, advantage, target = (
+                getattr(experience, name)[row, place]
+                for name in ("logprobs_BR", "values_BR", "advantages_BR", "returns_BR")
+            )
+            ratio = (logprobs[place] - old).exp()
+            surrogate = torch.min(ratio * advantage, ratio.clip(0.8, 1.2) * advantage)
+            near = value + (values[place] - value).clip(-0.2, 0.2)
+            error = torch.max((values[place] - target) ** 2, (near - target) ** 2)
+            total, count = total - surrogate + 0.3 * error / 2, count + 1
+    (total / count).backward()
+    assert figures["policy/clip_fraction"] > 0.1
+    assert figures["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert_same(ours, gradients(bank))
+
+
+def bank_gradients_cleared(bank: PolicyBank) -> None:
+    for parameter in bank.trained().values():
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("microbatch_tokens", [1, 20, 45])
+def test_the_microbatch_split_changes_no_gradient(base: Path, critic: str, microbatch_tokens: int) -> None:
+    bank, config = make_bank(base, critic), ppo_config()
+    experience = moved_policy(make_experience(bank, base, config))
+    whole = still_updater(bank, config).update(experience, 1)
+    expected = gradients(bank)
+    split = still_updater(bank, ppo_config(microbatch_tokens=microbatch_tokens)).update(experience, 1)
+    assert_same(gradients(bank), expected)
+    assert split == pytest.approx(whole, rel=1e-5, abs=1e-7)
+
+
+def test_the_order_of_rows_changes_no_gradient(base: Path) -> None:
+    bank, config = make_bank(base), ppo_config(microbatch_tokens=40)
+    experience = moved_policy(make_experience(bank, base, config))
+    still_updater(bank, config).update(experience, 1)
+    expected = gradients(bank)
+    for change in (permuted(experience, [3, 1, 7, 0, 2, 6, 5, 4]), permuted(experience, list(range(8))[::-1])):
+        still_updater(bank, config).update(change, 1)
+        assert_same(gradients(bank), expected)
+    still_updater(bank, config, seed=99).update(experience, 1)
+    assert_same(gradients(bank), expected)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -7.0])
+def test_garbage_in_padding_changes_no_gradient_bit_for_bit(base: Path, garbage: float) -> None:
+    bank, config = make_bank(base, "shared"), ppo_config()
+    experience = moved_policy(make_experience(bank, base, config))
+    assert not bool(experience.mask_BR.all())
+    still_updater(bank, config).update(experience, 1)
+    expected = gradients(bank)
+    dirty = {name: torch.where(experience.mask_BR, getattr(experience, name), garbage) for name in BR_FIELDS}
+    still_updater(bank, config).update(replace(experience, **dirty), 1)
+    for name, gradient in gradients(bank).items():
+        assert torch.equal(gradient, expected[name])
+
+
+def test_padding_of_an_experience_is_zero(base: Path) -> None:
+    experience = make_experience(make_bank(base), base, ppo_config())
+    lengths = set(experience.responses.lengths)
+    assert len(lengths) > 2
+    for name in BR_FIELDS:
+        assert not bool(getattr(experience, name)[~experience.mask_BR].any()), name
+
+
+def test_an_experience_adds_up(base: Path) -> None:
+    """Returns, without discount and with lambda 1, are score minus KL from each token on; advantages are white."""
+    config = ppo_config(gae_lambda=1.0, gamma=1.0)
+    bank = make_bank(base)
+    experience = make_experience(bank, base, config)
+    for row, completion in enumerate(experience.responses.completions):
+        score, length = float(experience.score_B[row]), len(completion.tokens)
+        assert score == len(experience.responses.texts[row]) % 5 - 2.0
+        kl = experience.logprobs_BR[row] - experience.ref_logprobs_BR[row]
+        for place in range(length):
+            expected = score - 0.1 * float(kl[place:length].sum())
+            assert float(experience.returns_BR[row, place]) == pytest.approx(expected, abs=1e-5)
+    kept = experience.advantages_BR[experience.mask_BR]
+    assert float(kept.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(kept.std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_every_response_is_in_one_minibatch_an_epoch_in_an_order_of_its_own(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, config = make_bank(base), ppo_config(minibatch_size=2, epochs=3)
+    experience = make_experience(bank, base, config)
+    seen: list[int] = []
+    batch = Responses.batch
+
+    def watching(responses: Responses, rows: list[int], device: torch.device) -> object:
+        seen.extend(rows)
+        return batch(responses, rows, device)
+
+    monkeypatch.setattr(Responses, "batch", watching)
+
+    def orders(update: int) -> list[list[int]]:
+        seen.clear()
+        still_updater(bank, config).update(experience, update)
+        return [seen[start : start + 8] for start in range(0, 24, 8)]
+
+    first, second = orders(1), orders(2)
+    for order in first + second:
+        assert sorted(order) == list(range(8))
+    assert len({tuple(order) for order in first + second}) == 6
+    assert orders(1) == first
+
+
+@pytest.mark.parametrize("field", ["advantages_BR", "returns_BR", "logprobs_BR"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(base: Path, field: str) -> None:
+    bank, config = make_bank(base), ppo_config(minibatch_size=2)
+    experience = make_experience(bank, base, config)
+    getattr(experience, field)[5, 0] = float("nan")
+    optimizer = build_optimizer(bank, config)
+    steps: list[dict[str, Tensor]] = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(weights(bank)))
+    before = weights(bank)
+    with pytest.raises(NonFiniteError, match=r"prompts\.jsonl:6"):
+        Updater(bank, config, optimizer, CPU, 0).update(experience, 1)
+    last = steps[-1] if steps else before
+    for name, parameter in bank.trained().items():
+        assert torch.equal(parameter, last[name])
+        assert bool(parameter.isfinite().all())
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_critic_warmup_leaves_the_policy_bit_for_bit(base: Path, critic: str, method: str) -> None:
+    bank, config = make_bank(base, critic, method), ppo_config(critic_warmup=2, minibatch_size=4, learning_rate=1e-2)
+    experience = make_experience(bank, base, config)
+    updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
+
+    def moved(update: int) -> set[str]:
+        before = weights(bank)
+        updater.update(experience, update)
+        return {name.split(".")[0] for name, each in bank.trained().items() if not torch.equal(each, before[name])}
+
+    critic_parts = {"value_head"} if critic == "shared" else {"value_head", "value"}
+    everyone = experience.responses.batch(range(8), CPU)
+    logprobs = bank.policy_logprobs(everyone)
+    assert moved(1) == critic_parts
+    assert moved(2) == critic_parts
+    assert torch.equal(bank.policy_logprobs(everyone), logprobs)
+    assert moved(3) == critic_parts | {"policy"}
+
+
+def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
+    bank, config = make_bank(base), ppo_config(learning_rate=1e-3, epochs=2)
+    experience = make_experience(bank, base, config)
+    everyone = experience.responses.batch(range(8), CPU)
+    advantages_M = experience.advantages_BR[experience.mask_BR]
+    compute: Callable[[], float] = lambda: float((bank.policy_logprobs(everyone) * advantages_M).sum())  # noqa: E731
+    before = compute()
+    Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1)
+    assert compute() > before + 0.1
+
+
+def test_a_critic_learns_its_returns(base: Path) -> None:
+    bank, config = make_bank(base), ppo_config(value_learning_rate=3e-3, epochs=40, value_clip_range=100.0)
+    experience = make_experience(bank, base, config)
+    figures = Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1)
+    everyone = experience.responses.batch(range(8), CPU)
+    errors_M = bank.values(everyone).detach() - experience.returns_BR[experience.mask_BR]
+    assert float(errors_M.square().mean()) < 0.5 * 2 * figures["value/loss"]
+
+
+def test_learning_rates(base: Path) -> None:
+    def rates(update: int, critic: str = "adapter", **changes: object) -> list[float]:
+        bank, config = make_bank(base, critic), ppo_config(updates=10, learning_rate=1e-3, **changes)
+        updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
+        figures = updater.update(make_experience(bank, base, config), update)
+        assert figures["lr"] == updater.optimizer.param_groups[0]["lr"]
+        return [group["lr"] for group in updater.optimizer.param_groups]
+
+    assert rates(7) == [1e-3] * 3
+    # linear: 1 at the first update, 1/10 at the tenth of ten
+    assert rates(1, schedule="linear") == [1e-3] * 3
+    assert rates(10, schedule="linear") == pytest.approx([1e-4] * 3)
+    assert rates(1, value_learning_rate=5e-4) == [1e-3, 5e-4, 5e-4]
+    assert rates(1, "shared") == pytest.approx([1e-3, 25e-3])
+    assert rates(1, "shared", value_learning_rate=2e-3) == [1e-3, 2e-3]
