@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.hub import require_on_hub
 from data.rows import RowError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -224,6 +225,7 @@ def read_hub(path: str, subset: str | None, split: str) -> Iterator[Record]:
             loaded: Any = datasets.load_from_disk(path)
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
+            require_on_hub(path, "dataset")
             rows = datasets.load_dataset(path, subset, split=split)
     except KeyError as error:
         raise UserError(f"{path}: no split {split!r}; set split to one it has") from error

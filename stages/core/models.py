@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from data.errors import UserError
+from data.hub import require_on_hub
 from stages.core import attention
 from stages.core.config import Tuning
 
@@ -33,7 +34,7 @@ class ModelSource:
 def resolve_model(source: str) -> ModelSource:
     """The model behind a stage folder, a weights folder or a hub id.
 
-    Raises UserError for a path that does not exist and for a stage folder without weights.
+    Raises UserError for a path that does not exist, a stage folder without weights, and an id that the hub lacks.
     """
     folder = Path(source)
     if (folder / "weights").is_dir():
@@ -41,6 +42,7 @@ def resolve_model(source: str) -> ModelSource:
     if not folder.is_dir():
         if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise UserError(f"model {source}: no such folder; give a model folder, a finished stage or a hub id")
+        require_on_hub(source, "model")
         return ModelSource(source)
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
