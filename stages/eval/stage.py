@@ -70,7 +70,7 @@ def open_policies(context: StageContext[EvalConfig], reports: list[DataReport]) 
     )
     prepared.report.check_refused(shared.max_refused)
     reports.append(prepared.report)
-    context.metrics.say(f"eval: {prepared.report.summary()}")
+    context.metrics.say(f"{prepared.report.summary()}")
     rows = [prompt.row for prompt in prepared.train]
     rows = [row for row in rows if all(encoder.prompt(row, room) for encoder in encoders.values())]
     rows = rows[: config.max_prompts]
@@ -88,7 +88,7 @@ def sample_policies(
 ) -> tuple[list[Answers], dict[str, list[float] | None]]:
     """Each policy's answers, and by its name their KL to the first policy."""
     config = context.config
-    context.metrics.start(len(policies) + len(config.scores), "measurement")
+    context.metrics.start(1, "evaluation")
     answers: list[Answers] = []
     kls: dict[str, list[float] | None] = {}
     reference = load_view(policies[0].source, "policy-0", builder)
@@ -104,14 +104,14 @@ def sample_policies(
                 run_seed=context.shared.seed,
             )
         )
-        context.metrics.say(f"eval: {policy.name} answered {len(policy.prompts)} prompts")
+        context.metrics.say(f"{policy.name} answered {len(policy.prompts)} prompts")
         kls[policy.name] = (
             kl_to_reference(policies[0], reference, answers[-1], temperature=config.temperature)
             if place
             else [0.0] * len(policy.prompts)
         )
         if kls[policy.name] is None:
-            context.metrics.say(f"eval: {policy.name} has another vocabulary than {policies[0].name}: no KL")
+            context.metrics.say(f"{policy.name} has another vocabulary than {policies[0].name}: no KL")
     return answers, kls
 
 

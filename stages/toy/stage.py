@@ -35,7 +35,7 @@ def run(context: StageContext[ToyConfig]) -> StageResult:
     tokenizer = build_tokenizer(world.documents(TOKENIZER_DOCUMENTS), max_length=max_length)
     model = build_model(config, tokenizer, max_length=max_length).to(default_device())
     model.set_attn_implementation(attention.NAME)
-    context.metrics.say(f"toy: a village of {len(world.train_tasks)} prompts; {model.num_parameters():,} parameters")
+    context.metrics.say(f"a village of {len(world.train_tasks)} prompts; {model.num_parameters():,} parameters")
     context.metrics.start(config.pretrain_steps, "step")
     last = pretrain(
         model,
