@@ -33,9 +33,10 @@ def answering(action: Callable[[], Answer], *, as_json: bool) -> int:
             answer = Answer({"status": "error", "problems": list(error.problems)}, lambda: None, MENDABLE)
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
-        except Interrupted:
-            answer = Answer({"status": "stopped"}, lambda: None, STOPPED)
-            print("stopped, with a checkpoint written; the same command resumes", file=sys.stderr)
+        except Interrupted as error:
+            reason = str(error) or "stopped between stages"
+            answer = Answer({"status": "stopped", "reason": reason}, lambda: None, STOPPED)
+            print(f"{reason}; the same command resumes", file=sys.stderr)
         if machine is None:
             answer.show()
         else:

@@ -82,7 +82,10 @@ def length_drifting(figures: Figures) -> str | None:
 
 
 def entropy_collapsing(figures: Figures) -> str | None:
-    """The policy's entropy is below a fifth of what it was in the first steps."""
+    """The policy's entropy is next to nothing, or below a fifth of what it was in the first steps."""
+    recent = _recent(figures, "policy/entropy")
+    if recent is not None and statistics.fmean(recent) < 0.01:
+        return f"entropy is {statistics.fmean(recent):.2g} nats; the policy says one thing only"
     if (change := _against_start(figures, "policy/entropy")) is None:
         return None
     start, now = change

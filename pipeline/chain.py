@@ -114,8 +114,10 @@ def _make_room(launch: Launch, stage: str, decision: Decision) -> None:
             shutil.rmtree(old)
         folder.rename(old)
         launch.say(f"{stage}: built anew, {decision.why}; the earlier one is now {old}")
-    elif folder.exists():
-        shutil.rmtree(folder)
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)
+        launch.say(f"{stage}: begins ({decision.why})")
     folder.mkdir(exist_ok=True)
 
 

@@ -192,6 +192,11 @@ def test_what_goes_wrong_is_named_within_20_steps(
     assert {raised for _, raised in found} == {alarm}  # and nothing else is blamed
 
 
+def test_a_policy_that_collapses_at_once_is_named():
+    found = alarms_of(from_step(2, "policy/entropy", lambda since, noise: 1e-6), seed=0, num_steps=10)
+    assert [name for _, name in found] == ["entropy_collapsing"]
+
+
 def test_an_alarm_is_told_once_until_it_clears(tmp_path: Path):
     view = Recorder()
     log = MetricsLog(tmp_path, view=view)
