@@ -14,7 +14,7 @@ def require_on_hub(hub_id: str, kind: Literal["model", "dataset"]) -> None:
     Raises UserError for an id that the hub does not know, and where the hub does not answer.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
     if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{hub_id.replace('/', '--')}").is_dir():
         return

@@ -124,7 +124,7 @@ def test_a_hub_id_out_of_reach_is_named() -> None:
     # huggingface_hub reads the variable when it is imported, so this needs a process of its own.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.stderr.splitlines()[-1].startswith("data.errors.UserError: nobody/nothing: neither a file here nor")
+    assert ended.stderr.splitlines()[-1].startswith("data.errors.UserError: nobody/nothing: no folder or file here, ")
 
 
 def test_a_stage_file_is_found_in_the_run_folder(tmp_path: Path) -> None:
