@@ -44,7 +44,6 @@ def open_trackers(config: SharedConfig, stage: str, folder: Path, settings: Mapp
         if name == "tensorboard":
             trackers.append(_TensorBoard(files))
         else:
-            files.mkdir(parents=True, exist_ok=True)
             trackers.append(_Remote(name, run=f"{config.name}-{stage}", files=files, settings=settings))
     return trackers
 
@@ -80,12 +79,15 @@ class _Remote:
 
     def __init__(self, package: str, *, run: str, files: Path, settings: Mapping[str, Any]) -> None:
         self._module: Any = importlib.import_module(package)
-        place = {"dir": str(files)} if package == "wandb" else {}
+        place: dict[str, str] = {}
+        if package == "wandb":  # trackio keeps all runs in one database of the user's
+            files.mkdir(parents=True, exist_ok=True)
+            place["dir"] = str(files)
         self._run = self._module.init(project="rlhf-pipeline", name=run, config=dict(settings), **place)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._module.log({"step": step, **finite})
+        self._module.log(finite, step=step)
 
     def rewind(self, step: int) -> None:
         """Nothing to do: metrics.jsonl is the record without repeats."""
