@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from data.artifacts import MANIFEST
 from stages.core.config import SharedConfig
 
 ConfigT = TypeVar("ConfigT")
@@ -52,6 +53,10 @@ class StageContext(Generic[ConfigT]):
     key: str  # content key; a checkpoint with another key is never resumed
     metrics: Metrics
     should_stop: Callable[[], bool]
+
+    def parents(self) -> list[Path]:
+        """Those of the inputs that are artifacts."""
+        return [Path(source) for source in self.inputs.values() if (Path(source) / MANIFEST).is_file()]
 
 
 ArtifactKind = Literal["policy", "reward_model", "preferences", "evaluation", "export"]

@@ -10,10 +10,11 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from data.chat import ChatEncoder, load_tokenizer
 from data.errors import UserError
 from data.hub import require_on_hub
 from stages.core import attention
-from stages.core.config import Tuning
+from stages.core.config import SharedConfig, Tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -83,6 +84,19 @@ def load_merged(source: ModelSource, *, head: Literal["lm", "score"] = "lm") -> 
     if source.adapter is None:
         return model
     return PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()
+
+
+def open_encoder(source: str, shared: SharedConfig) -> ChatEncoder:
+    """How the model behind a stage folder, a weights folder or a hub id reads and writes text."""
+    tokenizer = load_tokenizer(resolve_model(source).folder, shared.chat_template)
+    return ChatEncoder(tokenizer, max_length=shared.max_length, overlong=shared.overlong)
+
+
+def end_tokens(encoder: ChatEncoder, model: PreTrainedModel) -> tuple[int, ...]:
+    """Every token that ends a response: the encoder's, and those that the model itself was saved with."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own_list = own if isinstance(own, list) else [] if own is None else [own]
+    return tuple(dict.fromkeys([*encoder.end_token_ids, *own_list]))
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

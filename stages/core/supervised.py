@@ -5,23 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.artifacts import MANIFEST, publish_folder
-from data.chat import ChatEncoder, load_tokenizer
+from data.artifacts import publish_folder
+from data.chat import ChatEncoder
 from data.encoded import EncodedDemonstration, EncodedPreference
 from data.prepare import Prepared
 from stages.core.context import StageContext
-from stages.core.models import ModelSource
 from stages.core.trl_training import StageTrainer
 from stages.core.tuning import TuningRequest, save_weights
 
 EncodedT = TypeVar("EncodedT", EncodedDemonstration, EncodedPreference)
-
-
-def open_encoder(context: StageContext[Any], source: ModelSource) -> ChatEncoder:
-    """The encoder of the model that the stage starts from."""
-    shared = context.shared
-    tokenizer = load_tokenizer(source.folder, shared.chat_template)
-    return ChatEncoder(tokenizer, max_length=shared.max_length, overlong=shared.overlong)
 
 
 def encode_rows(
@@ -69,8 +61,3 @@ def publish(trainer: StageTrainer, finish: Callable[[Path], None] | None = None)
         figures |= {"best/step": float(record.step), "best/loss": record.figures["eval/loss"]}
         figures |= {"last/step": float(run.steps), "last/loss": run.figures["eval/loss"]}
     return figures
-
-
-def parents(*sources: str) -> list[Path]:
-    """Those of the stage's inputs that are artifacts."""
-    return [Path(source) for source in sources if (Path(source) / MANIFEST).is_file()]

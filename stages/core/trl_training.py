@@ -9,8 +9,6 @@ import json
 import math
 import os
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from stages.core.best_weights import BestWeights
 from stages.core.checkpoints import latest_checkpoint, save_checkpoint
 from stages.core.config import SharedConfig
 from stages.core.context import Interrupted, StageContext
+from stages.core.measure import peak_memory_bytes
 from stages.core.supervised_config import SupervisedSection
 from stages.core.tuning import save_weights
 
@@ -117,14 +116,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-
-
-def peak_memory_bytes() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 @dataclass

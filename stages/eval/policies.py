@@ -3,20 +3,19 @@
 Legend: M response tokens, B responses.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 
-from data.chat import ChatEncoder, load_tokenizer
+from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from stages.core.bank import BankBuilder, View
-from stages.core.config import SharedConfig
 from stages.core.logprobs import token_logprobs
-from stages.core.models import load_model, resolve_model
-from stages.core.rewards import Answered
+from stages.core.models import end_tokens, load_model, resolve_model
+from stages.core.responses import Responses, Sampler, kl_per_response
 from stages.core.rollout.native import NativeEngine
-from stages.core.rollout.protocol import Completion, Sampling, rollout_seed
-from stages.core.sequences import ResponseBatch, split_by_budget
+from stages.core.rollout.protocol import Sampling
+from stages.core.sequences import ResponseBatch
 from stages.core.trunk import Trunk, read_adapter
 
 BATCH_TOKENS = 16384
@@ -30,36 +29,6 @@ class Policy:
     source: str
     encoder: ChatEncoder
     prompts: list[EncodedPrompt]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one policy said to its B prompts."""
-
-    policy: Policy
-    completions: list[Completion]
-    texts: list[str]
-
-    @property
-    def lengths(self) -> list[float]:
-        """Tokens of each response, its end token included."""
-        return [float(len(completion.tokens)) for completion in self.completions]
-
-    @property
-    def finished(self) -> list[bool]:
-        """Whether each response ended by itself."""
-        return [completion.finished for completion in self.completions]
-
-    def answered(self) -> Answered:
-        """The texts, for a scorer."""
-        rows = [prompt.row for prompt in self.policy.prompts]
-        return Answered([row.prompt for row in rows], self.texts, self.finished, [row.extra for row in rows])
-
-
-def open_encoder(source: str, shared: SharedConfig) -> ChatEncoder:
-    """How a policy reads text; its weights are loaded later."""
-    tokenizer = load_tokenizer(resolve_model(source).folder, shared.chat_template)
-    return ChatEncoder(tokenizer, max_length=shared.max_length, overlong=shared.overlong)
 
 
 def load_view(source: str, name: str, builder: BankBuilder) -> View:
@@ -79,35 +48,26 @@ def load_view(source: str, name: str, builder: BankBuilder) -> View:
     return View(trunk, name)
 
 
-def answer(policy: Policy, view: View, *, max_new_tokens: int, temperature: float, run_seed: int) -> Answers:
+def answer(policy: Policy, view: View, *, max_new_tokens: int, temperature: float, run_seed: int) -> Responses:
     """One response to each prompt; a prompt's seed is the same for every policy."""
-    seeds = [[rollout_seed(run_seed, "evaluation", 0, place, 0)] for place in range(len(policy.prompts))]
-    sampling = Sampling(max_new_tokens, temperature, policy.encoder.end_token_ids)
-    grouped = NativeEngine(view.trunk, view.adapter).generate(
-        [prompt.tokens for prompt in policy.prompts], sampling, seeds
-    )
-    completions = [group[0] for group in grouped]
-    texts = [policy.encoder.decode_response(list(completion.tokens)) for completion in completions]
-    return Answers(policy, completions, texts)
+    sampling = Sampling(max_new_tokens, temperature, end_tokens(policy.encoder, view.trunk.model))
+    sampler = Sampler(NativeEngine(view.trunk, view.adapter), policy.encoder, sampling, run_seed)
+    return sampler.respond(policy.prompts, "evaluation", 0)
 
 
-@torch.no_grad()
-def kl_to_reference(reference: Policy, view: View, answers: Answers, *, temperature: float) -> list[float] | None:
-    """Sum over each response of log pi - log pi_ref at its sampled tokens: unbiased, in nats per response.
+def kl_to_reference(
+    reference: Policy, view: View, policy: Policy, responses: Responses, *, temperature: float
+) -> list[float] | None:
+    """KL of each of the policy's responses to the reference, in nats per response.
 
     `view` is the reference's; it reads the prompt through its own chat template. None where the two policies have
     different vocabularies: their log-probabilities are of different things.
     """
-    if answers.policy.encoder.tokenizer.get_vocab() != reference.encoder.tokenizer.get_vocab():
+    if policy.encoder.tokenizer.get_vocab() != reference.encoder.tokenizer.get_vocab():
         return None
-    prompts = [prompt.tokens for prompt in reference.prompts]
-    responses = [completion.tokens for completion in answers.completions]
-    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    kl_B: list[float] = []
-    for rows in split_by_budget(sizes, BATCH_TOKENS):
-        batch = ResponseBatch.of([prompts[row] for row in rows], [responses[row] for row in rows], view.trunk.device)
-        hidden_MD = view.hidden_before(batch)
-        logprobs_M = token_logprobs(hidden_MD, view.trunk.lm_head, batch.targets_M, temperature).double().cpu()
-        for row, ref_R in zip(rows, logprobs_M.split(list(batch.lengths)), strict=True):
-            kl_B.append(sum(answers.completions[row].logprobs) - float(ref_R.sum()))
-    return kl_B
+
+    def ref_logprobs(batch: ResponseBatch) -> Tensor:
+        return token_logprobs(view.hidden_before(batch), view.trunk.lm_head, batch.targets_M, temperature)
+
+    as_read = replace(responses, prompts=reference.prompts)
+    return kl_per_response(as_read, ref_logprobs, max_tokens=BATCH_TOKENS, device=view.trunk.device)

@@ -3,9 +3,8 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from data.artifacts import MANIFEST, write_atomically
+from data.artifacts import write_atomically
 from data.chat import ChatEncoder
 from data.errors import UserError
 from data.prepare import prepare_preferences, prepare_prompts
@@ -14,9 +13,11 @@ from data.rows import Prompt
 from stages.core.bank import BankBuilder
 from stages.core.calibration import JudgedPair, reward_figures
 from stages.core.context import Interrupted, StageContext, StageResult
+from stages.core.models import open_encoder
+from stages.core.responses import Responses
 from stages.core.rewards import RewardModel, Scorer, load_function
 from stages.eval.config import EvalConfig
-from stages.eval.policies import Answers, Policy, answer, kl_to_reference, load_view, open_encoder
+from stages.eval.policies import Policy, answer, kl_to_reference, load_view
 from stages.eval.report import ENDED, KL, LENGTH, Findings, Measured, make_report
 
 
@@ -32,8 +33,8 @@ def run(context: StageContext[EvalConfig]) -> StageResult:
     refused = DataReport(refused=[refusal for report in reports for refusal in report.refused])
     refused.write_quarantine(context.out / "quarantine.jsonl")
     measured = [
-        _measured(each, kls[each.policy.name], {column: values[place] for column, values in scores.items()})
-        for place, each in enumerate(answers)
+        _measured(policy.name, each, kls[policy.name], {column: values[place] for column, values in scores.items()})
+        for place, (policy, each) in enumerate(zip(policies, answers, strict=True))
     ]
     findings = Findings(measured, reward_models)
     report = make_report(findings, context.config)
@@ -42,8 +43,7 @@ def run(context: StageContext[EvalConfig]) -> StageResult:
         _log_samples(context, each, own)
     metrics = findings.metrics()
     context.metrics.log(1, metrics | {"seconds": time.perf_counter() - started})
-    parents = [Path(source) for source in context.inputs.values() if (Path(source) / MANIFEST).is_file()]
-    return StageResult("evaluation", metrics=metrics, parents=parents)
+    return StageResult("evaluation", metrics=metrics, parents=context.parents())
 
 
 def open_policies(context: StageContext[EvalConfig], reports: list[DataReport]) -> list[Policy]:
@@ -85,11 +85,11 @@ def _encode(encoder: ChatEncoder, rows: Sequence[Prompt], room: int) -> list:
 
 def sample_policies(
     context: StageContext[EvalConfig], policies: Sequence[Policy], builder: BankBuilder
-) -> tuple[list[Answers], dict[str, list[float] | None]]:
+) -> tuple[list[Responses], dict[str, list[float] | None]]:
     """Each policy's answers, and by its name their KL to the first policy."""
     config = context.config
     context.metrics.start(1, "evaluation")
-    answers: list[Answers] = []
+    answers: list[Responses] = []
     kls: dict[str, list[float] | None] = {}
     reference = load_view(policies[0].source, "policy-0", builder)
     for place, policy in enumerate(policies):
@@ -106,7 +106,7 @@ def sample_policies(
         )
         context.metrics.say(f"{policy.name} answered {len(policy.prompts)} prompts")
         kls[policy.name] = (
-            kl_to_reference(policies[0], reference, answers[-1], temperature=config.temperature)
+            kl_to_reference(policies[0], reference, policy, answers[-1], temperature=config.temperature)
             if place
             else [0.0] * len(policy.prompts)
         )
@@ -116,7 +116,7 @@ def sample_policies(
 
 
 def score_answers(
-    context: StageContext[EvalConfig], answers: Sequence[Answers], builder: BankBuilder, reports: list[DataReport]
+    context: StageContext[EvalConfig], answers: Sequence[Responses], builder: BankBuilder, reports: list[DataReport]
 ) -> tuple[dict[str, list[list[float]]], dict[str, dict[str, float]]]:
     """Column -> scores of each policy's answers; and the figures of the reward models among the scores on the pairs."""
     scores: dict[str, list[list[float]]] = {}
@@ -150,13 +150,14 @@ def _judge_pairs(context: StageContext[EvalConfig], model: RewardModel, reports:
     return {"pairs": float(len(pairs)), **reward_figures(pairs)}
 
 
-def _measured(answers: Answers, kl: list[float] | None, scores: Mapping[str, Sequence[float]]) -> Measured:
-    columns = {**scores, LENGTH: answers.lengths, ENDED: [float(ended) for ended in answers.finished]}
-    return Measured(answers.policy.name, columns if kl is None else columns | {KL: kl})
+def _measured(name: str, answers: Responses, kl: list[float] | None, scores: Mapping[str, Sequence[float]]) -> Measured:
+    lengths, ended = [float(length) for length in answers.lengths], [float(each) for each in answers.finished]
+    columns = {**scores, LENGTH: lengths, ENDED: ended}
+    return Measured(name, columns if kl is None else columns | {KL: kl})
 
 
-def _log_samples(context: StageContext[EvalConfig], answers: Answers, measured: Measured) -> None:
-    rows = zip(answers.policy.prompts, answers.texts, strict=True)
+def _log_samples(context: StageContext[EvalConfig], answers: Responses, measured: Measured) -> None:
+    rows = zip(answers.prompts, answers.texts, strict=True)
     context.metrics.samples(
         1,
         [

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from data.encoded import EncodedPrompt
-from stages.ppo.experience import Collector, Responses
+from stages.core.responses import kl_per_response
+from stages.ppo.experience import Collector
 
 LOGGED_SAMPLES = 16
 
@@ -25,7 +24,12 @@ def evaluate(collector: Collector, prompts: Sequence[EncodedPrompt]) -> Evaluati
     """Mean score, KL to the reference (nats per response), length and share of ended responses on `prompts`."""
     responses = collector.sampler.respond(prompts, "eval", 0)
     scores = collector.scorer.score(responses.answered())
-    kls = _kl_per_response(collector, responses)
+    kls = kl_per_response(
+        responses,
+        collector.bank.ref_logprobs,
+        max_tokens=collector.config.microbatch_tokens,
+        device=collector.device,
+    )
     figures = {
         "score_mean": fmean(scores),
         "kl_ref_mean": fmean(kls),
@@ -38,16 +42,3 @@ def evaluate(collector: Collector, prompts: Sequence[EncodedPrompt]) -> Evaluati
         for prompt, text, score, kl, finished in rows
     ]
     return Evaluation(figures, samples[:LOGGED_SAMPLES])
-
-
-@torch.no_grad()
-def _kl_per_response(collector: Collector, responses: Responses) -> list[float]:
-    """Sum over each response of log pi - log pi_ref at the sampled tokens (k1)."""
-    kls: list[float] = []
-    everyone = range(len(responses.completions))
-    for rows in responses.microbatches(everyone, collector.config.microbatch_tokens):
-        batch = responses.batch(rows, collector.device)
-        ref_logprobs = collector.bank.ref_logprobs(batch).cpu().split(list(batch.lengths))
-        for row, ref_R in zip(rows, ref_logprobs, strict=True):
-            kls.append(float((torch.tensor(responses.completions[row].logprobs) - ref_R).sum()))
-    return kls

@@ -10,58 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from stages.core.bank import PolicyBank
 from stages.core.ops import kl_estimate, masked_whiten
-from stages.core.rewards import Answered, Scorer
-from stages.core.rollout.protocol import Completion, RolloutEngine, Sampling, rollout_seed
-from stages.core.sequences import ResponseBatch, split_by_budget
+from stages.core.responses import Responses, Sampler
+from stages.core.rewards import Scorer
 from stages.ppo.advantages import gae, token_rewards
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import ScoreShaper
-
-
-@dataclass(frozen=True)
-class Responses:
-    """B sampled responses with the prompt of each."""
-
-    prompts: list[EncodedPrompt]
-    completions: list[Completion]
-    texts: list[str]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each response, its end token included."""
-        return [len(completion.tokens) for completion in self.completions]
-
-    @property
-    def finished(self) -> list[bool]:
-        """Whether each response ended by itself."""
-        return [completion.finished for completion in self.completions]
-
-    def mask(self) -> Tensor:
-        """response_mask_BR."""
-        return torch.arange(max(self.lengths))[None, :] < torch.tensor(self.lengths)[:, None]
-
-    def logprobs(self) -> Tensor:
-        """Log-probabilities M at sampling time."""
-        return torch.tensor([logprob for completion in self.completions for logprob in completion.logprobs])
-
-    def batch(self, rows: Sequence[int], device: torch.device) -> ResponseBatch:
-        """The rows' prompts and responses, packed."""
-        prompts = [self.prompts[row].tokens for row in rows]
-        return ResponseBatch.of(prompts, [self.completions[row].tokens for row in rows], device)
-
-    def microbatches(self, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
-        """`rows` in groups of at most `max_tokens` prompt and response tokens."""
-        sizes = [len(self.prompts[row].tokens) + len(self.completions[row].tokens) for row in rows]
-        return [[rows[place] for place in group] for group in split_by_budget(sizes, max_tokens)]
-
-    def answered(self) -> Answered:
-        """The texts, for a scorer."""
-        rows = [prompt.row for prompt in self.prompts]
-        return Answered([row.prompt for row in rows], self.texts, self.finished, [row.extra for row in rows])
 
 
 @dataclass(frozen=True)
@@ -89,27 +45,6 @@ class Experience:
     def kl_B(self) -> Tensor:
         """KL(policy || reference) of each response in nats: the sum of its tokens' k1 estimates."""
         return (self.logprobs_BR - self.ref_logprobs_BR).sum(1)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Draws responses to prompts; the same seeds give the same responses whatever stood in the batch beside them."""
-
-    engine: RolloutEngine
-    encoder: ChatEncoder
-    sampling: Sampling
-    run_seed: int
-
-    def respond(self, prompts: Sequence[EncodedPrompt], purpose: str, update: int, samples: int = 1) -> Responses:
-        """`samples` responses to each prompt, a prompt's own beside each other."""
-        seeds = [
-            [rollout_seed(self.run_seed, purpose, update, place, sample) for sample in range(samples)]
-            for place in range(len(prompts))
-        ]
-        grouped = self.engine.generate([prompt.tokens for prompt in prompts], self.sampling, seeds)
-        completions = [completion for group in grouped for completion in group]
-        texts = [self.encoder.decode_response(list(completion.tokens)) for completion in completions]
-        return Responses([prompt for prompt in prompts for _ in range(samples)], completions, texts)
 
 
 @dataclass(frozen=True)

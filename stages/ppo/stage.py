@@ -4,8 +4,6 @@ One update: prompts → responses → scores, reference log-probabilities, value
 minibatches → KL controller. `../ppo` holds a file for each part; this one is the sequence.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,22 +11,24 @@ from pathlib import Path
 
 import torch
 
-from data.artifacts import MANIFEST, publish_folder
-from data.chat import ChatEncoder, load_tokenizer
+from data.artifacts import publish_folder
+from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from data.errors import UserError
 from data.prepare import Prepared, prepare_prompts
 from stages.core.bank import BankBuilder
 from stages.core.checkpoints import latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted, StageContext, StageResult
-from stages.core.models import resolve_model
+from stages.core.measure import peak_memory_bytes
+from stages.core.models import end_tokens, open_encoder
 from stages.core.ops import explained_variance, masked_mean
+from stages.core.responses import Sampler
 from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.protocol import Sampling, rollout_seed
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import KlController, ScoreShaper
 from stages.ppo.evaluation import Evaluation, evaluate
-from stages.ppo.experience import Collector, Experience, Sampler
+from stages.ppo.experience import Collector, Experience
 from stages.ppo.state import PpoState
 from stages.ppo.update import Updater, build_optimizer
 
@@ -60,9 +60,8 @@ def run(context: StageContext[PpoConfig]) -> StageResult:
     context.metrics.start(context.config.updates, "update")
     last = train_loop(ppo)
     publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
-    parents = [Path(source) for source in context.inputs.values() if (Path(source) / MANIFEST).is_file()]
     best = {f"best/{name}": value for name, value in ppo.state.best.items()}
-    return StageResult("policy", metrics=last | best, parents=parents)
+    return StageResult("policy", metrics=last | best, parents=context.parents())
 
 
 def build(context: StageContext[PpoConfig]) -> Ppo:
@@ -71,8 +70,7 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
     Raises UserError for prompts, models and rewards that cannot be used.
     """
     config, shared = context.config, context.shared
-    tokenizer = load_tokenizer(resolve_model(context.inputs["policy"]).folder, shared.chat_template)
-    encoder = ChatEncoder(tokenizer, max_length=shared.max_length, overlong=shared.overlong)
+    encoder = open_encoder(context.inputs["policy"], shared)
     prompts = _prompts(context, encoder)
     torch.manual_seed(shared.seed)
     tuning = config.tuning or shared.tuning
@@ -81,8 +79,9 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
     sources = [context.inputs[f"reward.{place}"] for place in range(len(config.rewards))]
     scorer, reward_models = builder.scorer(config.rewards, sources)
     builder.add_critic(bank, config.critic, tuning, reward_models[0] if reward_models else None)
+    ends = end_tokens(encoder, bank.policy.trunk.model)
     engine = NativeEngine(bank.policy.trunk, bank.policy.adapter)
-    sampling = Sampling(config.response_length, config.rollout.temperature, encoder.end_token_ids)
+    sampling = Sampling(config.response_length, config.rollout.temperature, ends)
     sampler = Sampler(engine, encoder, sampling, shared.seed)
     collector = Collector(bank, sampler, scorer, config, builder.device)
     updater = Updater(bank, config, build_optimizer(bank, config), builder.device, shared.seed)
@@ -185,7 +184,7 @@ def _count(state: PpoState, experience: Experience) -> dict[str, float]:
         "time/rollout_s": experience.rollout_seconds,
         "time/score_s": experience.score_seconds,
         "throughput/response_tokens_per_s": response_tokens / experience.rollout_seconds,
-        "memory/peak_bytes": peak_bytes(),
+        "memory/peak_bytes": peak_memory_bytes(),
     }
 
 
@@ -202,11 +201,3 @@ def _evaluate(ppo: Ppo, prompts: Sequence[EncodedPrompt], name: str) -> dict[str
 def _write_weights(ppo: Ppo, folder: Path) -> None:
     ppo.collector.bank.save_policy(folder)
     ppo.encoder.tokenizer.save_pretrained(str(folder))
-
-
-def peak_bytes() -> float:
-    """The most memory this process ever held; on a GPU, the most the allocator ever held there."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

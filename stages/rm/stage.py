@@ -8,8 +8,8 @@ from trl import RewardConfig
 from data.artifacts import write_atomically
 from data.prepare import prepare_preferences
 from stages.core.context import StageContext, StageResult
-from stages.core.models import resolve_model
-from stages.core.supervised import encode_rows, open_encoder, parents, publish, tuning_request
+from stages.core.models import open_encoder, resolve_model
+from stages.core.supervised import encode_rows, publish, tuning_request
 from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
 from stages.core.tuning import tuned_model
 from stages.rm.config import RmConfig
@@ -19,14 +19,13 @@ from stages.rm.trainer import RmTrainer, measure
 def run(context: StageContext[RmConfig]) -> StageResult:
     """A reward model in `context.out/weights`, and its diagnostics in `report.json`."""
     quiet_libraries()
-    source = resolve_model(context.inputs["policy"])
-    encoder = open_encoder(context, source)
+    encoder = open_encoder(context.inputs["policy"], context.shared)
     prepared = encode_rows(context, encoder, prepare_preferences)
     trainer = build_trainer(context, SupervisedRun(context, encoder, prepared.train, prepared.holdout, measure))
     train(trainer)
     figures = publish(trainer, _score_at_the_last_token)
     _write_report(context.out / "report.json", figures, num_pairs=len(prepared.holdout))
-    return StageResult("reward_model", figures, parents(context.inputs["policy"]))
+    return StageResult("reward_model", figures, context.parents())
 
 
 def build_trainer(context: StageContext[RmConfig], run: SupervisedRun) -> RmTrainer:

@@ -4,8 +4,8 @@ from trl import SFTConfig
 
 from data.prepare import prepare_demonstrations
 from stages.core.context import StageContext, StageResult
-from stages.core.models import resolve_model
-from stages.core.supervised import encode_rows, open_encoder, parents, publish, tuning_request
+from stages.core.models import open_encoder, resolve_model
+from stages.core.supervised import encode_rows, publish, tuning_request
 from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
 from stages.core.tuning import tuned_model
 from stages.sft.config import SftConfig
@@ -15,12 +15,11 @@ from stages.sft.trainer import SftTrainer, measure
 def run(context: StageContext[SftConfig]) -> StageResult:
     """A policy in `context.out/weights`, trained on the responses of the demonstrations."""
     quiet_libraries()
-    source = resolve_model(context.inputs["base"])
-    encoder = open_encoder(context, source)
+    encoder = open_encoder(context.inputs["base"], context.shared)
     prepared = encode_rows(context, encoder, prepare_demonstrations)
     trainer = build_trainer(context, SupervisedRun(context, encoder, prepared.train, prepared.holdout, measure))
     train(trainer)
-    return StageResult("policy", publish(trainer), parents(context.inputs["base"]))
+    return StageResult("policy", publish(trainer), context.parents())
 
 
 def build_trainer(context: StageContext[SftConfig], run: SupervisedRun) -> SftTrainer:

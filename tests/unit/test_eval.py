@@ -147,7 +147,7 @@ def test_kl_is_the_sampled_difference_of_log_probabilities(models: Path, tmp_pat
     reference, view = (load_view(policy.source, f"p{place}", builder) for place, policy in enumerate(policies))
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": TEMPERATURE, "run_seed": 0}
     answers = answer(policies[1], view, **options)
-    kls = kl_to_reference(policies[0], reference, answers, temperature=TEMPERATURE)
+    kls = kl_to_reference(policies[0], reference, policies[1], answers, temperature=TEMPERATURE)
     first, second = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("first", "second"))
     expected = [
         reference_logprob(second, prompt.tokens, each.tokens) - reference_logprob(first, prompt.tokens, each.tokens)
@@ -156,7 +156,8 @@ def test_kl_is_the_sampled_difference_of_log_probabilities(models: Path, tmp_pat
     assert kls == pytest.approx(expected, abs=1e-3)
     assert max(map(abs, expected)) > 0.1
     assert answer(policies[1], view, **options).texts == answers.texts  # the same seeds, the same words
-    own = kl_to_reference(policies[0], reference, answer(policies[0], reference, **options), temperature=TEMPERATURE)
+    own_answers = answer(policies[0], reference, **options)
+    own = kl_to_reference(policies[0], reference, policies[0], own_answers, temperature=TEMPERATURE)
     assert own == pytest.approx([0.0] * 5, abs=1e-4)
 
 
@@ -165,8 +166,8 @@ def test_policies_of_different_vocabularies_have_no_kl(models: Path, tmp_path: P
     policies = open_policies(context, [])
     view = load_view(policies[0].source, "p", BankBuilder(context.shared))
     answers = answer(policies[1], view, max_new_tokens=4, temperature=1.0, run_seed=0)
-    answers.policy.encoder.tokenizer.add_tokens(["<new>"])
-    assert kl_to_reference(policies[0], view, answers, temperature=1.0) is None
+    policies[1].encoder.tokenizer.add_tokens(["<new>"])
+    assert kl_to_reference(policies[0], view, policies[1], answers, temperature=1.0) is None
 
 
 def test_the_stage_writes_report_samples_and_one_line_of_metrics(models: Path, tmp_path: Path) -> None:

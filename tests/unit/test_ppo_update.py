@@ -13,12 +13,13 @@ from data.encoded import EncodedPrompt
 from data.rows import Prompt
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.config import SharedConfig, Tuning
+from stages.core.responses import Responses, Sampler
 from stages.core.rewards import FunctionScorer
 from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.protocol import Sampling
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import ScoreShaper
-from stages.ppo.experience import Collector, Experience, Responses, Sampler
+from stages.ppo.experience import Collector, Experience
 from stages.ppo.update import NonFiniteError, Updater, build_optimizer
 from tests.tiny import tiny_model_folder
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data.errors import UserError
-from stages.core.models import resolve_model
-from stages.core.supervised import open_encoder
+from stages.core.models import open_encoder, resolve_model
 from stages.core.tuning import TuningRequest, inner_model, tuned_model
 from stages.rm.trainer import last_token_scores
 from tests.supervised import demonstrations, metrics_lines, preferences, run_stage, stage_context, write_rows
@@ -153,7 +152,7 @@ def test_pairs_columns_reach_the_loss(tmp_path: Path, policy: Path) -> None:
     run_stage(context)
     source = resolve_model(str(policy))
     model = tuned_model(source, head="score", request=TuningRequest(_tuning(LORA), "float32", packing=True, seed=0))
-    encoder = open_encoder(context, source)
+    encoder = open_encoder(context.inputs["policy"], context.shared)
     total, weights = 0.0, 0.0
     for row in rows:
         sides = [

@@ -72,10 +72,10 @@ def _all_rows(tokenizer, rows: Path) -> list[tuple[str, list[int], list[int]]]:
 
 def _trained_prompts(context, rows: Path) -> set[str]:
     from data.prepare import prepare_demonstrations
-    from stages.core.models import resolve_model
-    from stages.core.supervised import encode_rows, open_encoder
+    from stages.core.models import open_encoder
+    from stages.core.supervised import encode_rows
 
-    encoder = open_encoder(context, resolve_model(context.inputs["base"]))
+    encoder = open_encoder(context.inputs["base"], context.shared)
     prepared = encode_rows(context, encoder, prepare_demonstrations)
     lines = {f"{rows}:{number + 1}": json.loads(line) for number, line in enumerate(rows.read_text().splitlines())}
     assert prepared.holdout
