@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 import pipeline
 from data.errors import UserError
-from pipeline.config_errors import problem_lines, show
+from pipeline.config_errors import one_line, problem_lines, show
 from pipeline.overrides import apply_overrides
 from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_problem
 from stages.core.config import SharedConfig
@@ -85,7 +85,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedConfi
 
 def validate(raw: dict[str, Any], folders: Sequence[Path]) -> RunConfig:
     """The config that a YAML tree describes. Raises UserError with one line per problem."""
-    problems = [f"{key}={value}: is not finite; use a number" for key, value in _not_finite(raw)]
+    problems = [one_line(f"{key}={value}: is not finite; use a number") for key, value in _not_finite(raw)]
     try:
         config = RunConfig.model_validate(raw, context={"folders": folders})
     except ValidationError as error:

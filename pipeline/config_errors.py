@@ -42,7 +42,12 @@ def problem_lines(error: ValidationError, raw: object, model: type[BaseModel]) -
             continue
         found = "" if group[0]["type"] == "missing" else f"={show(_value(raw, _clean(group[0], raw)))}"
         lines.append(f"{key or 'config'}{found}: {message}")
-    return lines
+    return [one_line(line) for line in lines]
+
+
+def one_line(text: str) -> str:
+    """`text` with line ends and control characters escaped: a key may hold any of them."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def show(value: object) -> str:

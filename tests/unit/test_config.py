@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError
@@ -216,6 +216,7 @@ def test_a_dumped_config_reads_back_equal(tree: dict[str, Any]):
 
 
 @settings(max_examples=300, deadline=None)
+@example({"toy": {"\n": None}})
 @given(st.dictionaries(st.sampled_from([*RunConfig.model_fields, "lr", "x y", ""]), TREES, max_size=5))
 def test_any_tree_is_a_config_or_one_line_per_mistake(tree: dict[str, Any]):
     problems: list[str] = ["none"]
