@@ -151,6 +151,8 @@ class Trunk:
         )
         config = copy.copy(self.peft.peft_config[name])
         config.base_model_name_or_path, config.inference_mode = base, True
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)  # the same adapter is the same bytes
         config.save_pretrained(str(folder))
 
 
