@@ -1,0 +1,1 @@
+"""Reads demonstrations and a base model or policy; writes a policy."""
