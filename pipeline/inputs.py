@@ -105,18 +105,32 @@ def missing_inputs(run: Run, inputs: Mapping[str, str]) -> list[str]:
     lines: list[str] = []
     for role, value in inputs.items():
         folder = Path(value)
-        if folder.parent == run.folder and folder.name in STAGES:
-            if not (folder / MANIFEST).is_file():
-                command = "run" if folder.name == "toy" else folder.name
-                lines.append(f"{role}={folder}: this stage is not finished; run `launch {command} CONFIG` first")
-        elif is_path(value) and not Path(value.rpartition(":")[0] if ".py:" in value else value).exists():
-            lines.append(f"{role}={value}: no such file or folder; paths are looked up beside the config, then here")
-    return lines
+        if _is_stage(run, folder) and not (folder / MANIFEST).is_file():
+            command = "run" if folder.name == "toy" else folder.name
+            lines.append(f"{role}={folder}: this stage is not finished; run `launch {command} CONFIG` first")
+    return lines + absent_paths(run, inputs)
+
+
+def absent_paths(run: Run, inputs: Mapping[str, str]) -> list[str]:
+    """One line for each input that is a path to nothing; what stages of this run are to write is not looked for."""
+    return [
+        f"{role}={value}: no such file or folder; paths are looked up beside the config, then here"
+        for role, value in inputs.items()
+        if is_path(value) and not _is_stage(run, Path(value)) and not Path(_without_function(value)).exists()
+    ]
+
+
+def _is_stage(run: Run, folder: Path) -> bool:
+    return folder.parent == run.folder and folder.name in STAGES
+
+
+def _without_function(source: str) -> str:
+    return source.rpartition(":")[0] if ".py:" in source else source
 
 
 def is_path(source: str) -> bool:
     """Whether a name can only be a path: hub ids are `name` or `owner/name`."""
-    return source.count("/") > 1 or Path(source).is_absolute() or source.startswith((".", "~"))
+    return source.count("/") > 1 or Path(source).is_absolute() or source.startswith((".", "~")) or ".py:" in source
 
 
 def stage_facts(run: Run, stage: str) -> dict[str, Any]:

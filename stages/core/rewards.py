@@ -134,7 +134,10 @@ def load_function(name: str) -> FunctionScorer:
             raise UserError(f"reward function {name}: no file {path}; give path.py:function")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (ImportError, SyntaxError) as error:
+            raise UserError(f"reward function {name}: cannot be imported ({error}); mend {path}") from error
     else:
         try:
             module = importlib.import_module(source)

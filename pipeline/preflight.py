@@ -1,0 +1,25 @@
+"""What is known to be missing before the first stage begins: no chain trains for hours to find a mistyped path."""
+
+from collections.abc import Sequence
+
+from data.errors import UserError
+from data.paths import STAGE_PREFIX
+from data.sources import source_files
+from pipeline.inputs import Run, absent_paths, stage_inputs
+from pipeline.plan_data import stage_sources
+
+
+def check_files(run: Run, stages: Sequence[str]) -> None:
+    """Raises UserError naming every data file, model folder and reward function of these stages that is not there."""
+    problems: dict[str, None] = {}
+    for stage in stages:
+        problems |= dict.fromkeys(absent_paths(run, stage_inputs(run, stage)))
+        for source in stage_sources(run, stage):
+            if source.path.startswith(STAGE_PREFIX):
+                continue
+            try:
+                source_files(source, run.folder)
+            except UserError as error:
+                problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(*problems)
