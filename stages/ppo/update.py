@@ -3,6 +3,7 @@
 Legend: B responses, R longest response, M response tokens of a microbatch.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from stages.core.bank import PolicyBank
 from stages.core.rollout.protocol import rollout_seed
 from stages.ppo.config import PpoConfig
@@ -19,10 +21,6 @@ from stages.ppo.loss import policy_loss, value_loss
 # A head alone learns slowly at a LoRA policy's rate: 25x brought a shared critic's explained variance above 0.
 SHARED_HEAD_RATE = 25.0
 ADAM_EPSILON = 1e-5  # Huang et al. 2024 (2403.17031), detail 13
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not a finite number; no optimizer step was made with it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,10 @@ class Updater:
         return [order[start : start + size] for start in range(0, count, size)]
 
     def _minibatch_step(self, experience: Experience, rows: Sequence[int], *, policy_trains: bool) -> dict[str, float]:
-        """One optimizer step; losses are divided by the response tokens of the minibatch, not of a microbatch."""
+        """One optimizer step; losses are divided by the response tokens of the minibatch, not of a microbatch.
+
+        Raises UserError, before the step, where loss or gradient is not finite.
+        """
         tokens = int(experience.mask_BR[list(rows)].sum())
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
@@ -78,9 +79,12 @@ class Updater:
                 parameter.grad = None
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        if not (torch.isfinite(torch.tensor([grad_norm, sums["loss"]])).all()):
-            origins = ", ".join(experience.responses.prompts[row].origin or str(row) for row in rows)
-            raise NonFiniteError(f"ppo: loss {sums['loss']}, gradient norm {grad_norm}; prompts: {origins}")
+        if not (math.isfinite(grad_norm) and math.isfinite(sums["loss"])):
+            origins = ", ".join(experience.responses.prompts[row].origin for row in rows)
+            raise UserError(
+                f"ppo: the loss is {sums['loss']} and the gradient norm {grad_norm} on prompts {origins}; no update was "
+                f"made: look at their scores, or lower ppo.learning_rate={self.config.learning_rate}"
+            )
         self.optimizer.step()
         return dict(sums) | {"grad_norm": grad_norm}
 

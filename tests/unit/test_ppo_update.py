@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.chat import ChatEncoder, load_tokenizer
 from data.encoded import EncodedPrompt
+from data.errors import UserError
 from data.rows import Prompt
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.config import SharedConfig, Tuning
@@ -19,7 +20,7 @@ from stages.core.rollout.protocol import Sampling
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import ScoreShaper
 from stages.ppo.experience import Collector, Experience
-from stages.ppo.update import NonFiniteError, Updater, build_optimizer
+from stages.ppo.update import Updater, build_optimizer
 from tests.tiny import tiny_model_folder
 
 CPU = torch.device("cpu")
@@ -255,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(base: Path, field: str)
     steps: list[dict[str, Tensor]] = []
     optimizer.register_step_post_hook(lambda *_: steps.append(weights(bank)))
     before = weights(bank)
-    with pytest.raises(NonFiniteError, match=r"prompts\.jsonl:6"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl:6"):
         Updater(bank, config, optimizer, CPU, 0).update(experience, 1)
     last = steps[-1] if steps else before
     for name, parameter in bank.trained().items():
