@@ -58,10 +58,10 @@ def run(context: StageContext[PpoConfig]) -> StageResult:
     # Without a checkpoint the samples taken before the first update go too.
     context.metrics.rewind(ppo.state.update if checkpoint else -1)
     context.metrics.start(context.config.updates, "update")
-    last = train_loop(ppo)
+    train_loop(ppo)
     publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
     best = {f"best/{name}": value for name, value in ppo.state.best.items()}
-    return StageResult("policy", metrics=last | best, parents=context.parents())
+    return StageResult("policy", metrics=ppo.state.last | best, parents=context.parents())
 
 
 def build(context: StageContext[PpoConfig]) -> Ppo:
@@ -111,10 +111,10 @@ def _prompts(context: StageContext[PpoConfig], encoder: ChatEncoder) -> Prepared
     return prompts
 
 
-def train_loop(ppo: Ppo) -> dict[str, float]:
-    """Runs the updates that are left; returns the last metrics."""
+def train_loop(ppo: Ppo) -> None:
+    """Runs the updates that are left."""
     context, config, state = ppo.context, ppo.context.config, ppo.state
-    checkpoints, last = context.out / "checkpoints", {}
+    checkpoints = context.out / "checkpoints"
     held_out = (ppo.prompts.holdout or ppo.prompts.train)[: config.eval_prompts]
     start: dict[str, float] = {}
     if state.update == 0:
@@ -135,7 +135,7 @@ def train_loop(ppo: Ppo) -> dict[str, float]:
             figures |= _evaluate(ppo, held_out, "eval")
         figures["seconds"] = time.perf_counter() - began
         context.metrics.log(update, figures)
-        start, last = {}, figures
+        start, state.last = {}, figures
         stop = context.should_stop()
         if stop or update % context.shared.checkpoint_every == 0 or update == config.updates:
             save_checkpoint(
@@ -147,7 +147,6 @@ def train_loop(ppo: Ppo) -> dict[str, float]:
             )
         if stop and update < config.updates:
             raise Interrupted(f"ppo: stopped after update {update} of {config.updates}")
-    return last
 
 
 def next_prompts(prompts: Sequence[EncodedPrompt], cursor: int, count: int, seed: int) -> list[EncodedPrompt]:

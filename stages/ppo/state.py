@@ -14,6 +14,7 @@ from stages.core.bank import PolicyBank
 from stages.ppo.control import KlController, ScoreShaper
 
 WEIGHTS, OPTIMIZER, STATE, GENERATORS = "weights.safetensors", "optimizer.pt", "state.json", "generators.pt"
+FIELDS = ("update", "cursor", "episodes", "tokens", "best", "last")
 
 
 @dataclass
@@ -27,13 +28,14 @@ class PpoState:
     episodes: int = 0  # responses trained on
     tokens: int = 0  # prompt and response tokens of those
     best: dict[str, float] = field(default_factory=dict[str, float])  # the evaluation with the highest score so far
+    last: dict[str, float] = field(default_factory=dict[str, float])  # figures of the latest update
 
     def save(self, folder: Path, bank: PolicyBank, optimizer: torch.optim.Optimizer) -> None:
         """Writes everything into an empty folder."""
         save_file({name: each.detach().cpu() for name, each in bank.trained().items()}, folder / WEIGHTS)
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
         torch.save({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, folder / GENERATORS)
-        counters = {name: getattr(self, name) for name in ("update", "cursor", "episodes", "tokens", "best")}
+        counters = {name: getattr(self, name) for name in FIELDS}
         scores = {name: value for name, value in asdict(self.shaper).items() if name != "config"}
         state = counters | {
             "kl_coef": self.kl.coef,
@@ -54,7 +56,7 @@ class PpoState:
         torch.set_rng_state(generators["torch"])
         torch.cuda.set_rng_state_all(generators["cuda"])
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        for name in ("update", "cursor", "episodes", "tokens", "best"):
+        for name in FIELDS:
             setattr(self, name, state[name])
         self.kl.coef = state["kl_coef"]
         for name, value in state["scores"].items():
