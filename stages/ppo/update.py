@@ -82,7 +82,7 @@ class Updater:
         if not (math.isfinite(grad_norm) and math.isfinite(sums["loss"])):
             origins = ", ".join(experience.responses.prompts[row].origin for row in rows)
             raise UserError(
-                f"ppo: the loss is {sums['loss']} and the gradient norm {grad_norm} on prompts {origins}; no update was "
+                f"ppo: loss is {sums['loss']} and the gradient norm {grad_norm} on prompts {origins}; no update was "
                 f"made: look at their scores, or lower ppo.learning_rate={self.config.learning_rate}"
             )
         self.optimizer.step()
