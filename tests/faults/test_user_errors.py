@@ -52,12 +52,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "demonstrations.jsonl").write_text(text)
     (folder / "prompts.jsonl").write_text(text)
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(text.encode())[:100])
-    (folder / "no_gzip.jsonl.gz").write_text(text)
     (folder / "empty.jsonl").write_text("")
     pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": " no"} for row in rows]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (folder / "reward.py").write_text(REWARD)
-    (folder / "syntax.py").write_text("def f(:\n")
     (folder / "no_module.py").write_text("import there_is_no_such_module\n")
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "list.yaml").write_text("- sft\n")
@@ -130,18 +128,12 @@ def test_a_second_launch_into_the_same_folder_is_told_to_wait(project: Path, tmp
     ("arguments", "expected"),
     [
         (["sft", "sft.data.0.path=cut.jsonl.gz"], "the compressed file is damaged from here on"),
-        (["sft", "sft.data.0.path=no_gzip.jsonl.gz"], "not a whole gzip file"),
         (["sft", "sft.data.0.path=empty.jsonl"], "no rows left to train on"),
-        (["sft", "sft.data.0.path=reward.py"], "unknown kind of file"),
         (["sft", "sft.data.0.columns={response: output}"], "no column 'output'; the row has prompt, response"),
-        (["ppo", "ppo.reward.function=reward.py"], "give path.py:function"),
         (["ppo", "ppo.reward.function=reward.py:nobody"], "no function 'nobody'"),
-        (["ppo", "ppo.reward.function=reward.py:REWARD"], "no function 'REWARD'"),
         (["ppo", "ppo.reward.function=reward.py:too_few"], "1 scores for 4 responses"),
         (["ppo", "ppo.reward.function=reward.py:no_number"], "returned nan; return finite numbers"),
-        (["ppo", "ppo.reward.function=syntax.py:f"], "syntax.py"),
         (["ppo", "ppo.reward.function=no_module.py:f"], "there_is_no_such_module"),
-        (["ppo", "ppo.response_length=64"], "leaves no room in max_length=64"),
     ],
 )
 def test_one_line_for_an_unfit_input(project: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
