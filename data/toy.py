@@ -4,18 +4,20 @@ Text and random numbers only: the same seed gives the same village, documents an
 aside first; no document and no other row repeats one of them.
 """
 
+import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.errors import UserError
 from data.rows import Message, Text
 
 NAMES = (
     *("Mira", "Tobin", "Ada", "Bram", "Nell", "Hugo", "Ivy", "Jonas", "Kit", "Rosa"),
-    *("Silas", "Tilda", "Wim", "Edda", "Finn", "Greta", "Pip", "Maud", "Otto", "Vera"),
+    *("Silas", "Tilda", "Wim", "Edda", "Finn", "Greta"),
 )
 
 
@@ -69,10 +71,6 @@ KINDS = {
     "tree": ("birch", "willow", "maple", "cedar", "beech", "larch", "pine", "poplar"),
 }
 THINGS = tuple(thing for things in KINDS.values() for thing in things)
-OPPOSITES = (
-    *(("warm", "cold"), ("loud", "quiet"), ("tall", "short"), ("fast", "slow"), ("young", "old"), ("wet", "dry")),
-    *(("heavy", "light"), ("early", "late"), ("full", "empty"), ("soft", "hard"), ("sweet", "sour"), ("near", "far")),
-)
 NUMBERS = ("zero", "one", "two", "three")
 # Sentences that answer nothing; no word of theirs is an answer to anything.
 CHATTER = (
@@ -89,7 +87,10 @@ CHATTER = (
     "Let me think about that for a while.",
     "People here argue about it every winter.",
 )
+# Shares of the flaws among demonstrations and among the answers of a preference pair.
+OFF_TOPIC, WRONG, RAMBLING, BROKEN_OFF = 0.2, 0.12, 0.6, 0.2
 SENTENCE_WORDS = 16  # a longer sentence counts as several
+DRAWS_PER_PROMPT = 100  # before the village's questions count as exhausted
 JUDGE_SHARPNESS = 10.0  # of the judge's preference in the difference of true quality
 
 
@@ -162,13 +163,20 @@ class World:
 
     @classmethod
     def build(cls, *, seed: int, prompts: int, eval_prompts: int) -> "World":
-        """The village of this seed, with that many different questions to train on and, apart, to evaluate on."""
+        """The village of this seed, with that many different questions to train on and, apart, to evaluate on.
+
+        Raises UserError where there are not so many.
+        """
         world = cls(random.Random(f"toy world {seed}"))
         world.traits = {(name, trait.label): world.rng.choice(trait.values) for name in NAMES for trait in TRAITS}
-        different: dict[str, Task] = {}
-        while len(different) < prompts + eval_prompts:
-            task = world.draw_task()
-            different.setdefault(task.question, task)
+        wanted = prompts + eval_prompts
+        drawn = (world.draw_task() for _ in range(DRAWS_PER_PROMPT * wanted))
+        different = dict(itertools.islice(_first_of_each(drawn), wanted))
+        if len(different) < wanted:
+            raise UserError(
+                f"toy.prompts={prompts} and toy.eval_prompts={eval_prompts}: the village has only about "
+                f"{len(different)} different questions; lower one of them"
+            )
         tasks = list(different.values())
         world.rng.shuffle(tasks)
         world.eval_tasks, world.train_tasks = tasks[:eval_prompts], tasks[eval_prompts:]
@@ -176,8 +184,8 @@ class World:
 
     def draw_task(self) -> Task:
         """A random task of a random family."""
-        families = (self._fact, self._two_facts, self._who, self._kind, self._some_of, self._opposite)
-        return self.rng.choices(families, weights=(34, 30, 10, 10, 6, 10))[0]()
+        families = (self._fact, self._two_facts, self._who, self._kind, self._some_of)
+        return self.rng.choices(families, weights=(36, 34, 10, 12, 8))[0]()
 
     def _fact(self) -> Task:
         name, trait = self.rng.choice(NAMES), self.rng.choice(TRAITS)
@@ -186,7 +194,9 @@ class World:
 
     def _two_facts(self) -> Task:
         name, (first, second) = self.rng.choice(NAMES), self.rng.sample(TRAITS, 2)
-        question = self.rng.choice(("Tell me {}'s {} and {}.", "What are {}'s {} and {}?"))
+        question = self.rng.choice(
+            ("Tell me {}'s {} and {}.", "What are {}'s {} and {}?", "Name {}'s {} and {}.", "I forgot {}'s {} and {}.")
+        )
         return Task(
             "two facts",
             question.format(name, first.label, second.label),
@@ -222,12 +232,6 @@ class World:
             (THINGS,) * count,
         )
 
-    def _opposite(self) -> Task:
-        given, asked = self.rng.sample(self.rng.choice(OPPOSITES), 2)
-        question = self.rng.choice(("What is the opposite of {}?", "Tell me the opposite of {}.", "What is not {}?"))
-        pool = tuple(word for pair in OPPOSITES for word in pair if word != given)
-        return Task("opposite", question.format(given), f"The opposite of {given} is {{}}.", (asked,), (pool,))
-
     def right_answer(self, task: Task) -> str:
         """A correct sentence."""
         return task.sentence.format(*self._right_words(task))
@@ -244,15 +248,15 @@ class World:
 
     def respond(self, task: Task) -> str:
         """A response of uneven quality: right or wrong, plain or rambling, at times beside the point or broken off."""
-        if self.rng.random() < 0.06:
+        if self.rng.random() < OFF_TOPIC:
             return " ".join(self.rng.sample(CHATTER, self.rng.randint(1, 2)))
-        answer = self.right_answer(task) if self.rng.random() < 0.62 else self.wrong_answer(task)
+        answer = self.wrong_answer(task) if self.rng.random() < WRONG else self.right_answer(task)
         sentences = [answer]
-        if self.rng.random() < 0.35:
+        if self.rng.random() < RAMBLING:
             sentences += self.rng.sample(CHATTER, self.rng.randint(1, 3))
             if self.rng.random() < 0.3:
                 sentences[0], sentences[1] = sentences[1], sentences[0]
-        if self.rng.random() < 0.08:
+        if self.rng.random() < BROKEN_OFF:
             sentences[-1] = f"{sentences[-1][:-1]} and then"
         return " ".join(sentences)
 
@@ -291,22 +295,41 @@ class World:
                 better, worse = responses if first > second else reversed(responses)
                 return task, better, worse, abs(first - second)
 
-    def documents(self, count: int) -> Iterator[str]:
-        """Texts to pretrain on: portraits of villagers, lessons, quizzes and chatter."""
+    def documents(self, count: int) -> Iterator[Text]:
+        """Texts and small conversations to pretrain on: portraits of villagers, lessons, quizzes and chatter.
+
+        They state what is true of the village; the only question asked in a conversation is who somebody is.
+        """
         unseen = {task.question for task in self.eval_tasks}
         for _ in range(count):
-            sort = self.rng.choices(("quiz", "portrait", "lesson", "chatter"), weights=(65, 18, 10, 7))[0]
+            sort = self.rng.choices(
+                ("quiz", "portrait", "introduction", "lesson", "chatter"), weights=(60, 12, 16, 6, 6)
+            )[0]
             if sort == "quiz":
                 tasks = [task for task in (self.draw_task() for _ in range(8)) if task.question not in unseen]
                 yield "\n".join(f"{task.question}\n{self.right_answer(task)}" for task in tasks[:4])
             elif sort == "portrait":
+                yield self._portrait(self.rng.choice(NAMES))
+            elif sort == "introduction":
                 name = self.rng.choice(NAMES)
-                facts = [f"{name} {trait.clause}.".format(self.traits[name, trait.label]) for trait in TRAITS]
-                yield " ".join(self.rng.sample(facts, len(facts)))
+                yield [*_turn("user", f"Who is {name}?"), *_turn("assistant", self._portrait(name))]
             elif sort == "lesson":
-                yield " ".join(self.right_answer(self.rng.choice((self._kind, self._opposite))()) for _ in range(4))
+                yield " ".join(self.right_answer(self._kind()) for _ in range(4))
             else:
                 yield " ".join(self.rng.sample(CHATTER, 3))
+
+    def _portrait(self, name: str) -> str:
+        facts = [f"{name} {trait.clause}.".format(self.traits[name, trait.label]) for trait in TRAITS]
+        return " ".join(self.rng.sample(facts, len(facts)))
+
+
+def _first_of_each(tasks: Iterable[Task]) -> Iterator[tuple[str, Task]]:
+    """Each question once, with its task."""
+    seen: set[str] = set()
+    for task in tasks:
+        if task.question not in seen:
+            seen.add(task.question)
+            yield task.question, task
 
 
 def _preference(task: Task, chosen: str, rejected: str) -> dict[str, Text]:

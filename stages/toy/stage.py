@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.artifacts import publish_folder
+from data.rows import Text
 from data.toy import World
 from stages.core import attention
 from stages.core.context import Interrupted, StageContext, StageResult
@@ -32,7 +33,8 @@ def run(context: StageContext[ToyConfig]) -> StageResult:
     attention.register()
     world = World.build(seed=context.shared.seed, prompts=config.prompts, eval_prompts=config.eval_prompts)
     _write_rows(world, config, context.out)
-    tokenizer = build_tokenizer(world.documents(TOKENIZER_DOCUMENTS), max_length=max_length)
+    texts = (document for document in world.documents(TOKENIZER_DOCUMENTS) if isinstance(document, str))
+    tokenizer = build_tokenizer(texts, max_length=max_length)
     model = build_model(config, tokenizer, max_length=max_length).to(default_device())
     model.set_attn_implementation(attention.NAME)
     context.metrics.say(f"a village of {len(world.train_tasks)} prompts; {model.num_parameters():,} parameters")
@@ -68,10 +70,17 @@ def _write_rows(world: World, config: ToyConfig, folder: Path) -> None:
 
 
 def _tokens(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    """Token ids of documents without end, each between BOS and EOS."""
+    """Token ids of documents without end."""
     while True:
-        texts = [f"{tokenizer.bos_token}{text}{tokenizer.eos_token}" for text in world.documents(256)]
+        texts = [_marked(document, tokenizer) for document in world.documents(256)]
         yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _marked(document: Text, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A document between BOS and EOS; a conversation by the chat template, which marks it too."""
+    if isinstance(document, str):
+        return f"{tokenizer.bos_token}{document}{tokenizer.eos_token}"
+    return str(tokenizer.apply_chat_template(document, tokenize=False))
 
 
 def _write_weights(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

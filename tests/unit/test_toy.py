@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 
+from data.rows import Text
 from data.toy import CHATTER, NAMES, TRAITS, Task, World, gold, quality
 from stages.toy.model import build_tokenizer
 from stages.toy.pretrain import BATCH_TOKENS, learning_rate, token_batches
@@ -20,6 +21,11 @@ ORDERED = Task("two facts", "?", "Mira keeps a {} and lives in the {}.", ("goat"
 @pytest.fixture(scope="module")
 def world() -> World:
     return World.build(seed=3, prompts=400, eval_prompts=200)
+
+
+def texts_of(document: Text) -> list[str]:
+    """A document's text, or what is said in it turn by turn."""
+    return [document] if isinstance(document, str) else [turn["content"] for turn in document]
 
 
 def question(row: dict) -> str:
@@ -90,7 +96,7 @@ def test_no_evaluation_prompt_is_ever_trained_on(world: World) -> None:
     rows = [*world.demonstrations(2000), *world.preferences(2000, label_noise=0.1)]
     assert not held_out & {question(row) for row in rows}
     assert {question(row) for row in world.true_pairs(300)} <= held_out
-    lines = {line for text in world.documents(3000) for line in text.splitlines()}
+    lines = {line for document in world.documents(3000) for text in texts_of(document) for line in text.splitlines()}
     assert not held_out & lines
     assert len(lines & {task.question for task in world.train_tasks}) > 300  # quizzes ask the others
 
@@ -99,9 +105,8 @@ def test_the_seed_decides_everything() -> None:
     def everything(seed: int) -> str:
         world = World.build(seed=seed, prompts=50, eval_prompts=20)
         rows = [*world.demonstrations(50), *world.preferences(50, label_noise=0.1), *world.true_pairs(50)]
-        return json.dumps([world.traits[NAMES[0], trait.label] for trait in TRAITS]) + json.dumps(rows) + "".join(
-            world.documents(50)
-        )  # fmt: skip
+        traits = [world.traits[NAMES[0], trait.label] for trait in TRAITS]
+        return json.dumps([traits, rows, list(world.documents(50))])
 
     assert everything(0) == everything(0)
     assert everything(0) != everything(1)
@@ -110,8 +115,8 @@ def test_the_seed_decides_everything() -> None:
 def test_demonstrations_are_of_uneven_quality(world: World) -> None:
     rows = {question(task.row()): task.row() for task in world.train_tasks}
     scores = [quality(row["response"][0]["content"], rows[question(row)]) for row in world.demonstrations(3000)]
-    assert 0.4 < sum(scores) / len(scores) < 0.65
-    assert 0.3 < scores.count(1.0) / len(scores) < 0.5
+    assert 0.3 < sum(scores) / len(scores) < 0.5
+    assert 0.15 < scores.count(1.0) / len(scores) < 0.35
     assert all(value in scores for value in (0.0, 0.2, 0.5, 0.75))
 
 
@@ -138,12 +143,13 @@ def test_the_judge_errs_as_often_as_the_noise_says(world: World, noise: float) -
 
 def test_the_tokenizer_round_trips_and_holds_the_world_in_whole_words() -> None:
     def texts() -> list[str]:
-        return list(World.build(seed=0, prompts=100, eval_prompts=10).documents(2000))
+        documents = World.build(seed=0, prompts=100, eval_prompts=10).documents(2000)
+        return [text for document in documents for text in texts_of(document)]
 
     tokenizer = build_tokenizer(texts(), max_length=128)
     for text in ("Where does Kit live?", "Ünïcode 文字 \n  two  spaces!", "Kit's boat: 7 oars"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer.tokenize("Vera rows a brown boat.")) == 6
+    assert len(tokenizer.tokenize("Mira rows a brown boat.")) == 6
     again = build_tokenizer(texts(), max_length=128)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
