@@ -23,7 +23,7 @@ class Tuning(Section):
     rank: Annotated[int, Field(ge=1)] = Field(default=16, description="LoRA rank (Hu et al. 2021, arXiv 2106.09685)")
     alpha: Annotated[float, Field(gt=0)] = Field(default=32, description="LoRA scale is alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="dropout on the LoRA input; PPO needs 0"
+        default=0.0, description="dropout on the LoRA input in sft and rm; PPO trains without"
     )
     targets: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="module names; all linear layers do best (LoRA Without Regret, 2025)"
