@@ -108,6 +108,7 @@ class Task:
     answer: tuple[str, ...]
     slots: tuple[tuple[str, ...], ...]  # what each word is chosen from, rightly or wrongly
     ordered: bool = False
+    others: tuple[str, ...] = ()  # whom or what it is not about
 
     @property
     def prompt(self) -> list[Message]:
@@ -123,6 +124,7 @@ class Task:
             "pool": sorted({word for slot in self.slots for word in slot}),
             "count": len(self.slots),
             "ordered": self.ordered,
+            "others": [word.lower() for word in self.others],
         }
 
 
@@ -130,8 +132,8 @@ def gold(prompts: Sequence[Text], responses: Sequence[str], rows: Sequence[Mappi
     """True quality of each response, 0..1: correctness x brevity x finish. Never trained on, only measured.
 
     Correctness is 1 where the words of the pool that occur are exactly an answer, 0.2 where they are another one (also
-    several at once, to hedge), 0 where there are none. Brevity is 1 for one sentence and loses 0.25 for each further
-    one, down to 0.25. Finish is 1 for a response that ends its last sentence, else 0.5.
+    several at once, to hedge, or about somebody else), 0 where there are none. Brevity is 1 for one sentence and loses
+    0.25 for each further one, down to 0.25. Finish is 1 for a response that ends its last sentence, else 0.5.
     """
     return [quality(response, row) for response, row in zip(responses, rows, strict=True)]
 
@@ -145,6 +147,7 @@ def quality(response: str, row: Mapping[str, Any]) -> float:
         right = said == answer
     else:
         right = len(said) == row["count"] == len(set(said)) and set(said) <= set(answer)
+    right = right and not set(words) & set(row["others"])
     correctness = 1.0 if right else 0.2 if said else 0.0
     sentences = max(len(re.findall(r"[^.!?]+", response.strip())), math.ceil(len(words) / SENTENCE_WORDS))
     brevity = max(0.25, 1.25 - 0.25 * max(1, sentences))
@@ -190,7 +193,14 @@ class World:
     def _fact(self) -> Task:
         name, trait = self.rng.choice(NAMES), self.rng.choice(TRAITS)
         question = self.rng.choice(trait.questions).format(name)
-        return Task("fact", question, f"{name} {trait.clause}.", (self.traits[name, trait.label],), (trait.values,))
+        return Task(
+            "fact",
+            question,
+            f"{name} {trait.clause}.",
+            (self.traits[name, trait.label],),
+            (trait.values,),
+            others=_without(NAMES, name),
+        )
 
     def _two_facts(self) -> Task:
         name, (first, second) = self.rng.choice(NAMES), self.rng.sample(TRAITS, 2)
@@ -204,6 +214,7 @@ class World:
             (self.traits[name, first.label], self.traits[name, second.label]),
             (first.values, second.values),
             ordered=True,
+            others=_without(NAMES, name),
         )
 
     def _who(self) -> Task:
@@ -218,7 +229,14 @@ class World:
         kind = self.rng.choice(list(KINDS))
         thing = self.rng.choice(KINDS[kind])
         question = self.rng.choice(("What is a {}?", "Tell me what a {} is.", "What sort of thing is a {}?"))
-        return Task("kind", question.format(thing), f"A {thing} is a {{}}.", (kind,), (tuple(KINDS),))
+        return Task(
+            "kind",
+            question.format(thing),
+            f"A {thing} is a {{}}.",
+            (kind,),
+            (tuple(KINDS),),
+            others=_without(THINGS, thing),
+        )
 
     def _some_of(self) -> Task:
         kind, count = self.rng.choice(list(KINDS)), self.rng.randint(2, 3)
@@ -330,6 +348,10 @@ def _first_of_each(tasks: Iterable[Task]) -> Iterator[tuple[str, Task]]:
         if task.question not in seen:
             seen.add(task.question)
             yield task.question, task
+
+
+def _without(words: Sequence[str], word: str) -> tuple[str, ...]:
+    return tuple(each for each in words if each != word)
 
 
 def _preference(task: Task, chosen: str, rejected: str) -> dict[str, Text]:

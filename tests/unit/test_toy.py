@@ -13,7 +13,7 @@ from stages.toy.model import build_tokenizer
 from stages.toy.pretrain import BATCH_TOKENS, learning_rate, token_batches
 
 PETS, HOMES, BIRDS = ("goat", "cat", "hen"), ("mill", "barn"), ("wren", "crow", "gull")
-PET = Task("fact", "Which pet does Mira keep?", "Mira keeps a {}.", ("goat",), (PETS,))
+PET = Task("fact", "Which pet does Mira keep?", "Mira keeps a {}.", ("goat",), (PETS,), others=("Tobin",))
 LIST = Task("some of", "Name two birds.", "The {} and the {} are birds.", BIRDS, ((*BIRDS, "cod"),) * 2)
 ORDERED = Task("two facts", "?", "Mira keeps a {} and lives in the {}.", ("goat", "mill"), (PETS, HOMES), ordered=True)
 
@@ -42,6 +42,8 @@ def question(row: dict) -> str:
         ("Mira keeps a cat.", 0.2),  # wrong, but an answer
         ("Mira keeps a goat or a cat.", 0.2),  # a hedge names two
         ("Mira keeps a goat, a goat.", 0.2),
+        ("Tobin keeps a goat.", 0.2),  # about somebody else
+        ("Mira keeps a goat. Tobin does not.", 0.15),
         ("The fog rolled in before supper.", 0.0),  # no answer
         ("", 0.0),
         ("Mira keeps a goat. The fog rolled in before supper.", 0.75),
