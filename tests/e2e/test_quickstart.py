@@ -25,7 +25,7 @@ def launch(folder: Path, *arguments: str) -> dict[str, Any]:
 
 def check(folder: Path, seed: int) -> None:
     began = time.monotonic()
-    answer = launch(folder, "run", "quickstart", f"seed={seed}", "threads=2", "--out", str(folder / "out"))
+    answer = launch(folder, "run", "quickstart", f"seed={seed}", "--out", str(folder / "out"))
     seconds = time.monotonic() - began
     figures = answer["report"]["figures"]
     gain = figures["differences"]["ppo - sft"]["gold"]
@@ -52,7 +52,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_chain_lifts_the_true_quality(tmp_path: Path) -> None:
     check(tmp_path, seed=0)
     out = tmp_path / "out"
-    again = launch(tmp_path, "run", "quickstart", "--out", str(out), "threads=2")
+    again = launch(tmp_path, "run", "quickstart", "--out", str(out))
     assert [stage["action"] for stage in again["stages"]] == ["skipped"] * 5
     samples = lines(out / "eval" / "samples.jsonl")
     asked = {row["prompt"][0]["content"] for row in samples}
