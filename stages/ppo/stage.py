@@ -116,6 +116,8 @@ def train_loop(ppo: Ppo) -> None:
     context, config, state = ppo.context, ppo.context.config, ppo.state
     checkpoints = context.out / "checkpoints"
     held_out = (ppo.prompts.holdout or ppo.prompts.train)[: config.eval_prompts]
+    if not ppo.prompts.holdout:
+        context.metrics.say("no prompts are held out: evaluations use training prompts; set ppo.holdout to mend that")
     start: dict[str, float] = {}
     if state.update == 0:
         start = _evaluate(ppo, held_out, "eval_start")
