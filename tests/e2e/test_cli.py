@@ -207,7 +207,7 @@ def test_sigterm_leaves_a_checkpoint_and_status_75(project: Path, tmp_path: Path
 def test_plan_shows_rows_masks_and_memory_and_writes_nothing(tmp_path: Path):
     model = SHARED / "models" / "stories260K-llama"
     if not model.is_dir():
-        pytest.skip("../shared is absent")
+        pytest.skip("../shared is missing")
     rows: list[dict[str, Any]] = [{"prompt": f"Once upon {n}", "response": "a cat sat."} for n in range(9)]
     write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "no response"}, rows[0]])
     config = {"base_model": str(model), "sft": {"data": [{"path": "rows.jsonl"}], "batch_size": 4, "holdout": 0.0}}

@@ -15,7 +15,7 @@ STORIES = [
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(not MODEL.is_dir(), reason="../shared/models/stories260K-llama is not there")
+@pytest.mark.skipif(not MODEL.is_dir(), reason="../shared is missing")
 def test_a_pretrained_model_learns_rows_and_then_pairs(tmp_path: Path) -> None:
     shared = {"tuning": {"method": "lora", "rank": 8, "alpha": 16}}
     section = {"batch_size": 8, "holdout": 0.2, "epochs": 4, "learning_rate": 5e-3}

@@ -140,6 +140,6 @@ def test_a_config_without_dimensions_says_what_it_lacks():
 def test_real_models_are_counted_exactly(name: str):
     folder = SHARED / "models" / name
     if not folder.is_dir():
-        pytest.skip("../shared is absent")
+        pytest.skip("../shared is missing")
     shape = model_shape(json.loads((folder / "config.json").read_text()))
     assert shape.parameters == count(on_meta(AutoConfig.from_pretrained(folder)))
