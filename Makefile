@@ -6,25 +6,33 @@ TORCH ?= default
 BIN := $(VENV)/bin
 INDEX_cpu := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: install check test soak parity e2e demo
+# The last TRL with a PPO trainer, beside the installed one: tests/parity and benchmarks/ppo.py compare with it.
+PEERS := .peers/trl-1.12
+
+.PHONY: install check test soak parity e2e demo peers
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(INDEX_$(TORCH)) --editable '.[dev]' && touch $@
 
+$(PEERS)/.installed: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) trl==1.12.0 && touch $@
+
 install: $(VENV)/.installed
+
+peers: $(PEERS)/.installed
 
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: install
+test: install peers
 	$(BIN)/pytest
 
 soak: install
 	$(BIN)/pytest -m soak
 
-parity: install
+parity: install peers
 	$(BIN)/pytest tests/parity
 
 e2e: install
