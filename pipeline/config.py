@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 import pipeline
 from data.errors import UserError
@@ -97,7 +97,19 @@ def validate(raw: dict[str, Any], folders: Sequence[Path]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The fully resolved config as YAML: reading it gives an equal config, wherever it is read."""
-    return dump_yaml(config.model_dump(exclude_none=True))
+    return dump_yaml(_tree(config))
+
+
+def _tree(value: object) -> Any:
+    """A config as plain data. A null stands only where it is not the default: null may be what the user chose."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {name: _tree(inner) for name, inner in value if inner is not None or fields[name].default is not None}
+    if isinstance(value, dict):
+        return {name: _tree(inner) for name, inner in cast(dict[str, object], value).items()}
+    if isinstance(value, list):
+        return [_tree(inner) for inner in cast(list[object], value)]
+    return value
 
 
 def _not_finite(value: object, key: str = "") -> Iterator[tuple[str, float]]:

@@ -29,10 +29,10 @@ def supervised_arithmetic(section: SupervisedSection, train_rows: int | None) ->
 
 def ppo_arithmetic(section: PpoConfig) -> list[str]:
     """The lines for ppo."""
-    prompts = section.rollout_batch_size // section.samples_per_prompt
-    minibatches = section.rollout_batch_size // section.minibatch_size
+    prompts = section.prompts_per_update
+    minibatches = section.minibatches
     per_update = minibatches * section.epochs
-    return [
+    lines = [
         f"{section.rollout_batch_size} responses per update = {prompts} prompts x {section.samples_per_prompt} "
         f"samples, on {RANKS} rank",
         f"{section.rollout_batch_size} responses / {section.minibatch_size} per minibatch = {minibatches} minibatches; "
@@ -41,3 +41,6 @@ def ppo_arithmetic(section: PpoConfig) -> list[str]:
         f"{section.updates * per_update} optimizer steps",
         f"at most {section.response_length} new tokens a response, {section.microbatch_tokens} tokens a forward pass",
     ]
+    if section.ptx is not None:
+        lines.append(f"ptx: {section.ptx.batch_size} demonstrations in every optimizer step of the policy")
+    return lines

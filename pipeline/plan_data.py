@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ def stage_sources(run: Run, stage: str) -> list[SourceConfig]:
     if config.ppo is not None and stage == "ppo":
         holdout = config.ppo.holdout
         sources += [*config.ppo.prompts, *([holdout] if isinstance(holdout, SourceConfig) else [])]
+        sources += config.ppo.ptx.data if config.ppo.ptx is not None else []
     return sources
 
 
@@ -89,7 +90,12 @@ def check_data(run: Run, stage: str) -> DataPlan:
         return DataPlan(unchecked=f"the tokenizer of {place} is not on this disk; download it to count tokens")
     tokenizer = load_tokenizer(place, run.config.chat_template)
     encoder = ChatEncoder(tokenizer, max_length=run.config.max_length, overlong=run.config.overlong)
-    return _data_plan(run, _prepare(run, stage, encoder), tokenizer)
+    plan = _data_plan(run, _prepare(run, stage, encoder), tokenizer)
+    section = run.config.ppo
+    if stage != "ppo" or section is None or section.ptx is None:
+        return plan
+    ptx = prepare_demonstrations(section.ptx.data, 0.0, encoder=encoder, run_folder=run.folder, seed=run.config.seed)
+    return _with_ptx(plan, _data_plan(run, ptx, tokenizer))
 
 
 def tokenizer_place(run: Run, stage: str) -> str | None:
@@ -157,6 +163,18 @@ def _data_plan(run: Run, prepared: Prepared[Any], tokenizer: "PreTrainedTokenize
         examples=[list(_pieces(row, tokenizer)) for row in prepared.train[:_EXAMPLES]],
         longest=max(report.lengths, default=0),
         problems=problems,
+    )
+
+
+def _with_ptx(plan: DataPlan, ptx: DataPlan) -> DataPlan:
+    """The prompts' plan with the account of the demonstrations that are mixed in."""
+    return replace(
+        plan,
+        rows=plan.rows | {f"ptx_{name}": count for name, count in ptx.rows.items()},
+        summary=f"{plan.summary}; ptx: {ptx.summary}",
+        refused=plan.refused + ptx.refused,
+        examples=plan.examples + ptx.examples,
+        problems=plan.problems + [f"ppo.ptx: {problem}" for problem in ptx.problems],
     )
 
 

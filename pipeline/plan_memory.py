@@ -57,9 +57,9 @@ def _ppo(run: Run, section: PpoConfig, shape: ModelShape, tuning: Tuning) -> dic
     sizes = {f"policy: {part}": size for part, size in policy.items()}
     sizes["reference: weights"] = 0 if tuning.method == "lora" else shape.parameters * BYTES[config.dtype]
     trained = trained_parameters(shape, tuning)
-    if section.critic == "model":
+    if section.has_critic and section.critic == "model":
         sizes["value: weights"] = base_bytes(shape, tuning, config.dtype)
-    if section.critic != "shared":
+    if section.has_critic and section.critic != "shared":
         sizes["value: adapters"] = 4 * trained if tuning.method == "lora" else 0
         sizes["value: gradients and optimizer"] = 12 * trained
         sizes["value: activations"] = policy["activations"]

@@ -31,7 +31,7 @@ def _print_data(data: DataPlan, console: Console) -> None:
     console.print(f"  rows     {data.summary}")
     for refusal in data.refused:
         console.print(f"  refused  {refusal}")
-    if hidden := data.rows["refused"] - len(data.refused):
+    if hidden := data.rows["refused"] + data.rows.get("ptx_refused", 0) - len(data.refused):
         console.print(f"  refused  … and {hidden} more")
     most = max(rows for _, _, rows in data.histogram)
     for low, high, rows in data.histogram:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from data.chat import ChatEncoder, load_tokenizer
 from data.errors import UserError
 from stages.core.config import SharedConfig, Tuning
-from stages.core.logprobs import token_logprobs
+from stages.core.logprobs import token_logprobs, token_logprobs_and_entropy
 from stages.core.models import (
     DTYPES,
     default_device,
@@ -52,9 +53,25 @@ class View:
         return self.trunk.adapter_parameters(self.adapter)
 
 
+class TokenOutputs(NamedTuple):
+    """What the policy and its critic say of M response tokens."""
+
+    logprobs_M: Tensor
+    values_M: Tensor | None  # None: no critic
+    entropy_M: Tensor | None  # None: not asked for
+
+    def at(self, chosen_M: Tensor) -> "TokenOutputs":
+        """Those of the tokens where `chosen_M` is True."""
+        values_M, entropy_M = (None if each_M is None else each_M[chosen_M] for each_M in self[1:])
+        return TokenOutputs(self.logprobs_M[chosen_M], values_M, entropy_M)
+
+
 @dataclass
 class PolicyBank:
-    """The models of PPO. `value` is None where the critic is a head on the policy's own hidden states."""
+    """The models of PPO.
+
+    `value` is None where the critic is a head on the policy's own hidden states, `value_head` where there is no critic.
+    """
 
     policy: View
     reference: View
@@ -62,31 +79,48 @@ class PolicyBank:
     base: str  # what the policy's adapter stands on, for whoever loads it later
     temperature: float
     value: View | None = None
-    value_head: nn.Linear = field(default_factory=lambda: nn.Linear(1, 1))
+    value_head: nn.Linear | None = None
 
     def policy_logprobs(self, batch: ResponseBatch) -> Tensor:
         """Log-probability M of each response token under the policy, in nats."""
-        return self._logprobs(self.policy, self.policy.hidden_before(batch), batch)
+        return self._logprobs(self.policy, batch)
 
     @torch.no_grad()
     def ref_logprobs(self, batch: ResponseBatch) -> Tensor:
         """Log-probability M of each response token under the reference, in nats."""
-        return self._logprobs(self.reference, self.reference.hidden_before(batch), batch)
+        return self._logprobs(self.reference, batch)
 
     def values(self, batch: ResponseBatch) -> Tensor:
         """The critic's value M of the state before each response token."""
         return self._values((self.value or self.policy).hidden_before(batch))
 
-    def logprobs_and_values(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-        """Both for the response tokens M; one pass where the critic shares the policy's trunk."""
-        hidden_MD = self.policy.hidden_before(batch)
-        logprobs_M = self._logprobs(self.policy, hidden_MD, batch)
-        return logprobs_M, self._values(hidden_MD) if self.value is None else self.values(batch)
+    def values_and_after(self, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+        """The critic's values M as `values` gives them, and B of the states after each last response token."""
+        view = self.value or self.policy
+        hidden_ND = view.trunk.hidden(batch.packed, view.adapter)
+        return self._values(hidden_ND[batch.before_M]), self._values(hidden_ND[batch.packed.last_B])
 
-    def _logprobs(self, view: View, hidden_MD: Tensor, batch: ResponseBatch) -> Tensor:
-        return token_logprobs(hidden_MD, view.trunk.lm_head, batch.targets_M, self.temperature)
+    def outputs(self, batch: ResponseBatch, *, entropy: bool = False) -> TokenOutputs:
+        """All that the update learns from; one pass where the critic shares the policy's trunk.
+
+        The entropy, in nats, is that of the policy's whole softmax at the temperature.
+        """
+        hidden_MD = self.policy.hidden_before(batch)
+        head, entropy_M = self.policy.trunk.lm_head, None
+        if entropy:
+            logprobs_M, entropy_M = token_logprobs_and_entropy(hidden_MD, head, batch.targets_M, self.temperature)
+        else:
+            logprobs_M = token_logprobs(hidden_MD, head, batch.targets_M, self.temperature)
+        if self.value_head is None:
+            return TokenOutputs(logprobs_M, None, entropy_M)
+        values_M = self._values(hidden_MD) if self.value is None else self.values(batch)
+        return TokenOutputs(logprobs_M, values_M, entropy_M)
+
+    def _logprobs(self, view: View, batch: ResponseBatch) -> Tensor:
+        return token_logprobs(view.hidden_before(batch), view.trunk.lm_head, batch.targets_M, self.temperature)
 
     def _values(self, hidden_MD: Tensor) -> Tensor:
+        assert self.value_head is not None
         return self.value_head(hidden_MD.to(self.value_head.weight.dtype))[:, 0]
 
     def save_policy(self, folder: Path) -> None:
@@ -98,7 +132,9 @@ class PolicyBank:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by a stable name."""
-        parts = {"policy": self.policy.parameters(), "value_head": list(self.value_head.parameters())}
+        parts = {"policy": self.policy.parameters()}
+        if self.value_head is not None:
+            parts["value_head"] = list(self.value_head.parameters())
         if self.value is not None:
             parts["value"] = self.value.parameters()
         return {f"{part}.{place}": each for part, group in parts.items() for place, each in enumerate(group)}
@@ -190,20 +226,31 @@ class BankBuilder:
         trunk.add_adapter(name, config, weights)
         return RewardModel(trunk, name, score_head(head_weights, self.device), encoder, source)
 
-    def add_critic(self, bank: PolicyBank, kind: str, tuning: Tuning, reward: RewardModel | None) -> None:
-        """Gives the bank its critic, initialised from the reward model where their architectures allow it.
+    def add_critic(
+        self,
+        bank: PolicyBank,
+        kind: str,
+        tuning: Tuning,
+        reward: RewardModel | None,
+        *,
+        init: Literal["reward", "fresh"] = "reward",
+    ) -> None:
+        """Gives the bank its critic, initialised from the reward model where that is asked for and possible.
 
         shared: a zero-initialised head on the policy's hidden states. adapter: LoRA and head on the frozen base, the
         reward adapter's values where it stands there. model: a copy of the reward model where it reads the policy's
-        tokens, else of the policy as it was.
+        tokens, else of the policy as it was. fresh: no critic takes anything from the reward model, and the head is
+        zero.
         """
+        start = reward if init == "reward" else None
         if kind == "adapter":
-            bank.value = self._value_adapter(tuning, reward)
+            bank.value = self._value_adapter(tuning, start)
         elif kind == "model":
-            bank.value = self._value_model(bank, tuning, reward)
-        critic = bank.value or bank.policy
-        copied = reward is not None and kind != "shared" and self._starts_from(kind, bank, reward)
-        bank.value_head = copy.deepcopy(reward.head) if reward and copied else _zero_head(critic.trunk, self.device)
+            bank.value = self._value_model(bank, tuning, start)
+        if start is not None and kind != "shared" and self._starts_from(kind, bank, start):
+            bank.value_head = copy.deepcopy(start.head)
+        else:
+            bank.value_head = _zero_head((bank.value or bank.policy).trunk, self.device)
         bank.value_head.requires_grad_(True)
 
     def _starts_from(self, kind: str, bank: PolicyBank, reward: RewardModel) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data.paths import ConfigPath
 from data.sources import SourceConfig
@@ -17,19 +17,44 @@ class KlConfig(Section):
         default=0.05, description="beta; 0.05 as in Huang et al. 2024 (2403.17031)"
     )
     estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="Schulman, Approximating KL divergence")
+    place: Literal["reward", "loss"] = Field(
+        default="reward",
+        description="reward: part of every token's reward (Ziegler et al. 2019); loss: a term of the loss, as in GRPO",
+    )
     target: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="nats per response; makes beta adaptive (Ziegler et al. 2019, sec. 2.2)"
     )
     gain: Annotated[float, Field(gt=0)] = Field(default=0.1, description="K_beta, how fast the adaptive beta moves")
 
+    @model_validator(mode="after")
+    def _loss_has_a_gradient(self) -> Self:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "estimator=k1 with place=loss trains nothing: the expected gradient of k1 is zero; use k2 or k3"
+            )
+        return self
+
 
 class RolloutConfig(Section):
-    """How responses are sampled."""
+    """How responses are sampled. `top_p` and `top_k` are keys only to be refused with a reason."""
 
     engine: Literal["auto", "native"] = "auto"
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="applied alike in every log-probability"
     )
+    top_p: float = Field(default=1.0, description="only 1: PPO needs the log-probabilities of what was sampled from")
+    top_k: int = Field(default=0, description="only 0 (all tokens), for the same reason")
+
+    @field_validator("top_p", "top_k")
+    @classmethod
+    def _whole_distribution(cls, value: float, info: ValidationInfo) -> float:
+        whole = cls.model_fields[str(info.field_name)].default
+        if value != whole:
+            raise ValueError(
+                "PPO's ratios need the log-probabilities of what was sampled from, and a cut distribution has others; "
+                f"use {whole:g}, and temperature for less spread"
+            )
+        return value
 
 
 class ScoreConfig(Section):
@@ -40,6 +65,35 @@ class ScoreConfig(Section):
     missing_eos_penalty: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="taken off the score of a response that did not end (Huang et al. 2024, detail 4)"
     )
+
+
+class OverlongConfig(Section):
+    """What happens to responses that reach, or nearly reach, `response_length` (Yu et al. 2025, DAPO, 2503.14476)."""
+
+    filter: bool = Field(default=False, description="responses that were cut off train nothing (DAPO, sec. 3.4)")
+    buffer: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="last tokens over which the penalty grows linearly from 0 (DAPO, eq. 13); 0: no penalty"
+    )
+    penalty: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="taken off the score at full response_length, where buffer > 0"
+    )
+
+
+class PtxConfig(Section):
+    """Language modelling mixed into the update, against forgetting (Ouyang et al. 2022, 2203.02155, eq. 2)."""
+
+    data: Annotated[list[SourceConfig], Field(min_length=1)]
+    coef: Annotated[float, Field(gt=0)] = Field(
+        default=0.05, description="weight of its mean token loss (OpenRLHF's default; InstructGPT's 27.8 weighs sums)"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(default=16, description="rows per optimizer step, over all ranks")
+
+
+# Keys that only a critic, or a discounted sum of rewards, gives a meaning.
+_CRITIC_KEYS = (
+    *("critic", "value_learning_rate", "value_coef", "value_clip_range", "value_init"),
+    *("critic_warmup", "gae_lambda", "bootstrap_truncated"),
+)
 
 
 class PpoConfig(TrainingSection):
@@ -75,14 +129,46 @@ class PpoConfig(TrainingSection):
     clip_range: Annotated[float, Field(gt=0)] = Field(
         default=0.2, description="epsilon (Schulman et al. 2017, 1707.06347)"
     )
-    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    clip_range_high: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="epsilon above 1, default clip_range; DAPO's clip-higher is 0.28 (2503.14476, sec. 3.1)",
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="c: bounds the loss at c * |A| where A < 0; 3 in Ye et al. 2020 (1912.09729, eq. 5)"
+    )
+    entropy_coef: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight of the entropy bonus; 0.01 in Schulman et al. 2017, none in InstructGPT"
+    )
+    early_stop_kl: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="a minibatch whose mean KL(old || new) per token is above it ends the update's epochs; 0.015 in "
+        "Spinning Up (Achiam 2018)",
+    )
+    value_clip_range: Annotated[float, Field(gt=0)] | None = Field(
+        default=0.2, description="values move at most this far from the rollout's (2403.17031, detail 11); null: freely"
+    )
+    value_init: Literal["reward", "fresh"] = Field(
+        default="reward",
+        description="critics adapter and model start as the reward model where it fits (2203.02155, app. C.4); "
+        "fresh: zero head. A shared critic always starts with a zero head",
+    )
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="the value after a response that was cut off is the critic's; false: 0, as in InstructGPT",
+    )
     value_coef: Annotated[float, Field(ge=0)] = Field(default=0.1, description="weight of the value loss")
     critic_warmup: Annotated[int, Field(ge=0)] = Field(
         default=0, description="first updates that train the critic only"
     )
     kl: KlConfig = KlConfig()
     score: ScoreConfig = ScoreConfig()
-    advantage: Literal["gae"] = "gae"
+    overlong: OverlongConfig = OverlongConfig()
+    ptx: PtxConfig | None = None
+    advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = Field(
+        default="gae",
+        description="gae learns a critic; grpo (2402.03300) and rloo (2402.14740) compare a prompt's samples, "
+        "reinforce++ (2501.03262) normalises returns over the batch",
+    )
     eval_every: Annotated[int, Field(ge=1)] = Field(
         default=10, description="updates between evaluations on held-out prompts"
     )
@@ -92,6 +178,16 @@ class PpoConfig(TrainingSection):
     def rewards(self) -> list[RewardConfig]:
         """The reward sources, one or several."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learned: only GAE uses them."""
+        return self.advantage == "gae"
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps that one pass over a rollout batch takes."""
+        return self.rollout_batch_size // self.minibatch_size
 
     @property
     def prompts_per_update(self) -> int:
@@ -105,4 +201,23 @@ class PpoConfig(TrainingSection):
                 raise ValueError(
                     f"{name}={part} does not divide rollout_batch_size={self.rollout_batch_size}; use a divisor of it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _advantage_uses_its_keys(self) -> Self:
+        """No key without an effect: those of a critic belong to gae, gamma to whoever discounts."""
+        compared = self.advantage in ("grpo", "rloo")
+        if compared and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt}: advantage={self.advantage} compares the samples of a "
+                "prompt; use 2 or more"
+            )
+        idle = () if self.has_critic else (*_CRITIC_KEYS, *(("gamma",) if compared else ()))
+        fields = type(self).model_fields
+        given = [f"{name}={getattr(self, name)}" for name in idle if getattr(self, name) != fields[name].default]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: no effect with advantage={self.advantage}, which has no critic"
+                f"{' and no discount' if compared else ''}; take out, or use advantage=gae"
+            )
         return self

@@ -5,18 +5,20 @@ Legend: B responses, R longest response, M response tokens of a microbatch.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from data.errors import UserError
-from stages.core.bank import PolicyBank
+from stages.core.bank import PolicyBank, TokenOutputs
+from stages.core.ops import kl_estimate
 from stages.core.rollout.protocol import rollout_seed
 from stages.ppo.config import PpoConfig
 from stages.ppo.experience import Experience
 from stages.ppo.loss import policy_loss, value_loss
+from stages.ppo.ptx import Ptx
 
 # A head alone learns slowly at a LoRA policy's rate: 25x brought a shared critic's explained variance above 0.
 SHARED_HEAD_RATE = 25.0
@@ -32,93 +34,153 @@ class Updater:
     optimizer: torch.optim.Optimizer
     device: torch.device
     seed: int
+    ptx: Ptx | None = None
 
-    def update(self, experience: Experience, update: int) -> dict[str, float]:
-        """Trains on one experience and returns its metrics: means over response tokens of all epochs.
+    def update(self, experience: Experience, update: int, kl_coef: float) -> dict[str, float]:
+        """Trains on one experience and returns its metrics: means over response tokens, then over minibatches.
 
-        `update` counts from 1; it fixes the order of the minibatches and the learning rate.
+        `update` counts from 1; it fixes the order of the minibatches and the learning rate. `kl_coef` weighs the KL
+        where it is part of the loss. A minibatch of which every response is filtered out makes no step
+        (`policy/empty_minibatches`). One whose KL(old || new) is above `early_stop_kl` makes none and is the last;
+        `policy/epochs_done` then says how far the update came, in passes over the responses.
         """
         config = self.config
         self._set_learning_rates(update)
-        sums: dict[str, float] = defaultdict(float)
-        first_ratio = 1.0
-        steps = 0
-        for epoch in range(config.epochs):
-            for rows in self._minibatches(len(experience.score_B), update, epoch):
-                part = self._minibatch_step(experience, rows, policy_trains=update > config.critic_warmup)
-                if steps == 0:
-                    first_ratio = part["policy/ratio_mean"]
-                steps += 1
-                for name, value in part.items():
-                    sums[name] += value
-        means = {name: total / steps for name, total in sums.items()}
-        return means | {"policy/first_ratio_mean": first_ratio, "lr": self.optimizer.param_groups[0]["lr"]}
+        policy_trains = update > config.critic_warmup
+        minibatches = self._minibatches(len(experience.score_B), update)
+        measured: list[dict[str, float]] = []
+        done = empty = 0
+        for place, rows in enumerate(minibatches):
+            if bool(experience.loss_mask_BR[rows].any()):
+                figures = self._gradients(experience, rows, kl_coef, policy_trains=policy_trains)
+                measured.append(figures)
+                if policy_trains and self._is_too_far(figures):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    break
+                if policy_trains and self.ptx is not None:
+                    figures["ptx/loss"] = self.ptx.backward(self.bank, (update - 1) * len(minibatches) + place)
+                    figures["loss"] += self.ptx.config.coef * figures["ptx/loss"]
+                figures["grad_norm"] = self._step(experience, rows, figures["loss"])
+            else:
+                empty += 1
+            done += 1
+        return _means(measured) | {
+            "policy/epochs_done": done / config.minibatches,
+            "policy/empty_minibatches": empty,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
 
-    def _minibatches(self, count: int, update: int, epoch: int) -> list[list[int]]:
-        """Every response once, in an order that depends on seed, update and epoch alone."""
-        generator = torch.Generator().manual_seed(rollout_seed(self.seed, "minibatches", update, epoch, 0))
-        order: list[int] = torch.randperm(count, generator=generator).tolist()
+    def _minibatches(self, count: int, update: int) -> list[list[int]]:
+        """Every epoch's minibatches: each response once an epoch, in an order of seed, update and epoch alone."""
         size = self.config.minibatch_size
-        return [order[start : start + size] for start in range(0, count, size)]
+        minibatches: list[list[int]] = []
+        for epoch in range(self.config.epochs):
+            generator = torch.Generator().manual_seed(rollout_seed(self.seed, "minibatches", update, epoch, 0))
+            order: list[int] = torch.randperm(count, generator=generator).tolist()
+            minibatches += [order[start : start + size] for start in range(0, count, size)]
+        return minibatches
 
-    def _minibatch_step(self, experience: Experience, rows: Sequence[int], *, policy_trains: bool) -> dict[str, float]:
-        """One optimizer step; losses are divided by the response tokens of the minibatch, not of a microbatch.
+    def _is_too_far(self, figures: Mapping[str, float]) -> bool:
+        """Whether the policy has left the one that sampled; what is not finite is for `_step` to refuse."""
+        bound, kl = self.config.early_stop_kl, figures["policy/approx_kl"]
+        return bound is not None and bound < kl < math.inf
 
-        Raises UserError, before the step, where loss or gradient is not finite.
+    def _gradients(
+        self, experience: Experience, rows: Sequence[int], kl_coef: float, *, policy_trains: bool
+    ) -> dict[str, float]:
+        """Leaves the minibatch's gradients in the parameters; its metrics.
+
+        Losses are divided by the response tokens that train in the minibatch, not in a microbatch.
         """
-        tokens = int(experience.mask_BR[list(rows)].sum())
+        tokens = int(experience.loss_mask_BR[list(rows)].sum())
+        training = [row for row in rows if bool(experience.loss_mask_BR[row].any())]
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
-        for group in experience.responses.microbatches(rows, self.config.microbatch_tokens):
-            loss, part = self._microbatch_loss(experience, group, policy_trains=policy_trains)
+        for group in experience.responses.microbatches(training, self.config.microbatch_tokens):
+            loss, part = self._microbatch_loss(experience, group, kl_coef, policy_trains=policy_trains)
             (loss / tokens).backward()
             for name, value in part.items():
                 sums[name] += value / tokens
         if not policy_trains:
             for parameter in self.bank.policy.parameters():  # a shared critic's loss reaches the policy's trunk
                 parameter.grad = None
+        return dict(sums)
+
+    def _step(self, experience: Experience, rows: Sequence[int], loss: float) -> float:
+        """One optimizer step; returns the gradient's norm before clipping.
+
+        Raises UserError, before the step, where loss or gradient is not finite.
+        """
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        if not (math.isfinite(grad_norm) and math.isfinite(sums["loss"])):
+        if not (math.isfinite(grad_norm) and math.isfinite(loss)):
             origins = ", ".join(experience.responses.prompts[row].origin for row in rows)
             raise UserError(
-                f"ppo: loss is {sums['loss']} and the gradient norm {grad_norm} on prompts {origins}; no update was "
-                f"made: look at their scores, or lower ppo.learning_rate={self.config.learning_rate}"
+                f"ppo: loss is {loss} and the gradient norm {grad_norm} on prompts {origins}; no update was made: "
+                f"look at their scores, or lower ppo.learning_rate={self.config.learning_rate}"
             )
         self.optimizer.step()
-        return dict(sums) | {"grad_norm": grad_norm}
+        return grad_norm
 
     def _microbatch_loss(
-        self, experience: Experience, rows: list[int], *, policy_trains: bool
+        self, experience: Experience, rows: list[int], kl_coef: float, *, policy_trains: bool
     ) -> tuple[Tensor, dict[str, float]]:
-        """The summed loss of a microbatch and its summed metrics."""
-        config = self.config
+        """The summed loss of a microbatch and its summed metrics, over the tokens that train."""
+        mask_BR = experience.loss_mask_BR[rows]
+        chosen_M = mask_BR[experience.mask_BR[rows]].to(self.device)
         batch = experience.responses.batch(rows, self.device)
-        mask_BR = experience.mask_BR[rows]
-        logprobs_M, values_M, advantages_M, returns_M = (
-            each_BR[rows][mask_BR].to(self.device)
-            for each_BR in (
-                experience.logprobs_BR,
-                experience.values_BR,
-                experience.advantages_BR,
-                experience.returns_BR,
-            )
-        )
-        new_logprobs_M, new_values_M = self.bank.logprobs_and_values(batch)
-        loss_policy = policy_loss(new_logprobs_M, logprobs_M, advantages_M, config.clip_range)
-        loss_value = value_loss(new_values_M.float(), values_M, returns_M, config.value_clip_range)
-        loss = config.value_coef * loss_value + (loss_policy if policy_trains else 0.0)
-        with torch.no_grad():
-            ratio_M = torch.exp(new_logprobs_M - logprobs_M)
-            part = {
-                "loss": loss,
-                "policy/loss": loss_policy,
-                "value/loss": loss_value,
-                "policy/ratio_mean": ratio_M.sum(),
-                "policy/clip_fraction": ((ratio_M - 1).abs() > config.clip_range).sum(),
-                "policy/approx_kl": (logprobs_M - new_logprobs_M + ratio_M - 1).sum(),
-            }
+        chosen = self.bank.outputs(batch, entropy=self.config.entropy_coef > 0).at(chosen_M)
+
+        def sampled(values_BR: Tensor) -> Tensor:
+            return values_BR[rows][mask_BR].to(self.device)
+
+        logprobs_M = sampled(experience.logprobs_BR)
+        terms = self._policy_terms(chosen, logprobs_M, sampled(experience.advantages_BR))
+        if self.config.kl.place == "loss":
+            ref_logprobs_M = sampled(experience.ref_logprobs_BR)
+            kl_M = kl_estimate(chosen.logprobs_M, ref_logprobs_M, self.config.kl.estimator)
+            terms["kl/loss"] = (kl_coef, kl_M.sum())
+        weighted = [weight * term for weight, term in terms.values()] if policy_trains else []
+        if chosen.values_M is not None:
+            assert experience.values_BR is not None
+            assert experience.returns_BR is not None
+            values_M, returns_M = sampled(experience.values_BR), sampled(experience.returns_BR)
+            loss_value = value_loss(chosen.values_M.float(), values_M, returns_M, self.config.value_clip_range)
+            terms["value/loss"] = (self.config.value_coef, loss_value)
+            weighted.append(self.config.value_coef * loss_value)
+        loss = torch.stack(weighted).sum()
+        part = {"loss": loss} | {name: term for name, (_, term) in terms.items()}
+        part |= self._ratio_figures(chosen.logprobs_M.detach(), logprobs_M)
         return loss, {name: float(value.detach()) for name, value in part.items()}
+
+    def _policy_terms(
+        self, outputs: TokenOutputs, logprobs_M: Tensor, advantages_M: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Metric -> weight and sum over tokens of what the policy itself is trained by."""
+        config = self.config
+        loss_policy = policy_loss(
+            outputs.logprobs_M,
+            logprobs_M,
+            advantages_M,
+            config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+        )
+        terms = {"policy/loss": (1.0, loss_policy)}
+        if outputs.entropy_M is not None:
+            # Beside policy/entropy, which the sampled tokens estimate: the whole softmax's, while it is trained.
+            terms["policy/entropy_exact"] = (-config.entropy_coef, outputs.entropy_M.sum())
+        return terms
+
+    def _ratio_figures(self, new_logprobs_M: Tensor, logprobs_M: Tensor) -> dict[str, Tensor]:
+        """How far the policy is from the one that sampled, summed over tokens."""
+        ratio_M = torch.exp(new_logprobs_M - logprobs_M)
+        high = self.config.clip_range if self.config.clip_range_high is None else self.config.clip_range_high
+        return {
+            "policy/ratio_mean": ratio_M.sum(),
+            "policy/clip_fraction": ((ratio_M < 1 - self.config.clip_range) | (ratio_M > 1 + high)).sum(),
+            "policy/approx_kl": kl_estimate(logprobs_M, new_logprobs_M, "k3").sum(),  # KL(old || new)
+        }
 
     def _set_learning_rates(self, update: int) -> None:
         factor = 1.0
@@ -128,6 +190,16 @@ class Updater:
             group["lr"] = group["peak_lr"] * factor
 
 
+def _means(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the minibatches that have it; the first ratio, which must be 1, by itself."""
+    if not measured:
+        return {}
+    names = dict.fromkeys(name for figures in measured for name in figures)
+    columns = {name: [figures[name] for figures in measured if name in figures] for name in names}
+    means = {name: math.fsum(column) / len(column) for name, column in columns.items()}
+    return means | {"policy/first_ratio_mean": measured[0]["policy/ratio_mean"]}
+
+
 def build_optimizer(bank: PolicyBank, config: PpoConfig) -> torch.optim.Optimizer:
     """AdamW over policy, critic and value head, a group each with its own learning rate."""
     value_rate = config.value_learning_rate or config.learning_rate
@@ -135,7 +207,7 @@ def build_optimizer(bank: PolicyBank, config: PpoConfig) -> torch.optim.Optimize
     groups = [
         (bank.policy.parameters(), config.learning_rate),
         (bank.value.parameters() if bank.value else [], value_rate),
-        (list(bank.value_head.parameters()), head_rate),
+        (list(bank.value_head.parameters()) if bank.value_head else [], head_rate),
     ]
     return torch.optim.AdamW(
         [{"params": params, "lr": rate, "peak_lr": rate} for params, rate in groups if params],

@@ -69,7 +69,7 @@ def train_a_little(bank: PolicyBank, steps: int = 3) -> None:
     """Moves every trained parameter a long way."""
     optimizer = torch.optim.SGD(list(bank.trained().values()), lr=1.0)
     for _ in range(steps):
-        logprobs, values = bank.logprobs_and_values(batch())
+        logprobs, values, _ = bank.outputs(batch())
         (logprobs.mean() + (values - 3).square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -191,13 +191,13 @@ def test_each_loss_reaches_its_own_parameters(base: Path, critic: str, tuning: T
 
     assert reached(lambda: bank.policy_logprobs(batch())) == {"policy"}
     assert reached(lambda: bank.values(batch())) == {"value_head", "policy" if critic == "shared" else "value"}
-    assert reached(lambda: bank.logprobs_and_values(batch())[0]) == {"policy"}
+    assert reached(lambda: bank.outputs(batch()).logprobs_M) == {"policy"}
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter", "model"])
 def test_both_at_once_equal_each_alone(base: Path, rm: Path, critic: str) -> None:
     bank, _, _ = build(base, base, critic=critic, reward=rm)
-    logprobs, values = bank.logprobs_and_values(batch())
+    logprobs, values, _ = bank.outputs(batch())
     assert torch.equal(logprobs, bank.policy_logprobs(batch()))
     assert torch.equal(values, bank.values(batch()))
     assert logprobs.shape == values.shape == (8,)

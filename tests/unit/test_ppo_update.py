@@ -108,7 +108,7 @@ def permuted(experience: Experience, order: list[int]) -> Experience:
     rows = Responses(
         *([part[row] for row in order] for part in (responses.prompts, responses.completions, responses.texts))
     )
-    fields = {name: getattr(experience, name)[order] for name in ("score_B", "mask_BR", *BR_FIELDS)}
+    fields = {name: getattr(experience, name)[order] for name in ("score_B", "mask_BR", "loss_mask_BR", *BR_FIELDS)}
     return replace(experience, responses=rows, **fields)
 
 
@@ -117,7 +117,7 @@ def permuted(experience: Experience, order: list[int]) -> Experience:
 def test_the_first_ratio_is_one(base: Path, critic: str, method: str) -> None:
     bank, config = make_bank(base, critic, method), ppo_config()
     experience = make_experience(bank, base, config)
-    figures = still_updater(bank, config).update(experience, 1)
+    figures = still_updater(bank, config).update(experience, 1, 0.1)
     assert figures["policy/first_ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert figures["policy/clip_fraction"] == 0
     assert figures["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
@@ -131,13 +131,13 @@ def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
     """The loss written out token by token, each response by itself and unpacked."""
     bank, config = make_bank(base, critic), ppo_config()
     experience = moved_policy(make_experience(bank, base, config))
-    figures = still_updater(bank, config).update(experience, 1)
+    figures = still_updater(bank, config).update(experience, 1, 0.1)
     ours = gradients(bank)
 
     bank_gradients_cleared(bank)
     total, count = torch.zeros(()), 0
     for row, completion in enumerate(experience.responses.completions):
-        logprobs, values = bank.logprobs_and_values(experience.responses.batch([row], CPU))
+        logprobs, values, _ = bank.outputs(experience.responses.batch([row], CPU))
         for place in range(len(completion.tokens)):
             old, value, advantage, target = (
                 getattr(experience, name)[row, place]
@@ -164,9 +164,9 @@ def bank_gradients_cleared(bank: PolicyBank) -> None:
 def test_the_microbatch_split_changes_no_gradient(base: Path, critic: str, microbatch_tokens: int) -> None:
     bank, config = make_bank(base, critic), ppo_config()
     experience = moved_policy(make_experience(bank, base, config))
-    whole = still_updater(bank, config).update(experience, 1)
+    whole = still_updater(bank, config).update(experience, 1, 0.1)
     expected = gradients(bank)
-    split = still_updater(bank, ppo_config(microbatch_tokens=microbatch_tokens)).update(experience, 1)
+    split = still_updater(bank, ppo_config(microbatch_tokens=microbatch_tokens)).update(experience, 1, 0.1)
     assert_same(gradients(bank), expected)
     assert split == pytest.approx(whole, rel=1e-5, abs=1e-7)
 
@@ -174,12 +174,12 @@ def test_the_microbatch_split_changes_no_gradient(base: Path, critic: str, micro
 def test_the_order_of_rows_changes_no_gradient(base: Path) -> None:
     bank, config = make_bank(base), ppo_config(microbatch_tokens=40)
     experience = moved_policy(make_experience(bank, base, config))
-    still_updater(bank, config).update(experience, 1)
+    still_updater(bank, config).update(experience, 1, 0.1)
     expected = gradients(bank)
     for change in (permuted(experience, [3, 1, 7, 0, 2, 6, 5, 4]), permuted(experience, list(range(8))[::-1])):
-        still_updater(bank, config).update(change, 1)
+        still_updater(bank, config).update(change, 1, 0.1)
         assert_same(gradients(bank), expected)
-    still_updater(bank, config, seed=99).update(experience, 1)
+    still_updater(bank, config, seed=99).update(experience, 1, 0.1)
     assert_same(gradients(bank), expected)
 
 
@@ -188,10 +188,10 @@ def test_garbage_in_padding_changes_no_gradient_bit_for_bit(base: Path, garbage:
     bank, config = make_bank(base, "shared"), ppo_config()
     experience = moved_policy(make_experience(bank, base, config))
     assert not bool(experience.mask_BR.all())
-    still_updater(bank, config).update(experience, 1)
+    still_updater(bank, config).update(experience, 1, 0.1)
     expected = gradients(bank)
     dirty = {name: torch.where(experience.mask_BR, getattr(experience, name), garbage) for name in BR_FIELDS}
-    still_updater(bank, config).update(replace(experience, **dirty), 1)
+    still_updater(bank, config).update(replace(experience, **dirty), 1, 0.1)
     for name, gradient in gradients(bank).items():
         assert torch.equal(gradient, expected[name])
 
@@ -237,7 +237,7 @@ def test_every_response_is_in_one_minibatch_an_epoch_in_an_order_of_its_own(
 
     def orders(update: int) -> list[list[int]]:
         seen.clear()
-        still_updater(bank, config).update(experience, update)
+        still_updater(bank, config).update(experience, update, 0.1)
         return [seen[start : start + 8] for start in range(0, 24, 8)]
 
     first, second = orders(1), orders(2)
@@ -257,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(base: Path, field: str)
     optimizer.register_step_post_hook(lambda *_: steps.append(weights(bank)))
     before = weights(bank)
     with pytest.raises(UserError, match=r"prompts\.jsonl:6"):
-        Updater(bank, config, optimizer, CPU, 0).update(experience, 1)
+        Updater(bank, config, optimizer, CPU, 0).update(experience, 1, 0.1)
     last = steps[-1] if steps else before
     for name, parameter in bank.trained().items():
         assert torch.equal(parameter, last[name])
@@ -273,7 +273,7 @@ def test_critic_warmup_leaves_the_policy_bit_for_bit(base: Path, critic: str, me
 
     def moved(update: int) -> set[str]:
         before = weights(bank)
-        updater.update(experience, update)
+        updater.update(experience, update, 0.1)
         return {name.split(".")[0] for name, each in bank.trained().items() if not torch.equal(each, before[name])}
 
     critic_parts = {"value_head"} if critic == "shared" else {"value_head", "value"}
@@ -291,7 +291,7 @@ def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
     everyone = experience.responses.batch(range(8), CPU)
     advantages_M = experience.advantages_BR[experience.mask_BR]
     before_M = bank.policy_logprobs(everyone).detach()
-    Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1)
+    Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1, 0.1)
     gain_M = bank.policy_logprobs(everyone).detach() - before_M
     assert float((gain_M * advantages_M).sum()) > 0.1
 
@@ -299,7 +299,7 @@ def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
 def test_a_critic_learns_its_returns(base: Path) -> None:
     bank, config = make_bank(base), ppo_config(value_learning_rate=3e-3, epochs=40, value_clip_range=100.0)
     experience = make_experience(bank, base, config)
-    figures = Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1)
+    figures = Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1, 0.1)
     everyone = experience.responses.batch(range(8), CPU)
     errors_M = bank.values(everyone).detach() - experience.returns_BR[experience.mask_BR]
     assert float(errors_M.square().mean()) < 0.5 * 2 * figures["value/loss"]
@@ -309,7 +309,7 @@ def test_learning_rates(base: Path) -> None:
     def rates(update: int, critic: str = "adapter", **changes: object) -> list[float]:
         bank, config = make_bank(base, critic), ppo_config(updates=10, learning_rate=1e-3, **changes)
         updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
-        figures = updater.update(make_experience(bank, base, config), update)
+        figures = updater.update(make_experience(bank, base, config), update, 0.1)
         assert figures["lr"] == updater.optimizer.param_groups[0]["lr"]
         return [group["lr"] for group in updater.optimizer.param_groups]
 
