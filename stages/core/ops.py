@@ -44,7 +44,12 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over True positions: 1 is a perfect critic, 0 a constant one."""
+    """1 - Var(returns - values) / Var(returns) over True positions: 1 is a perfect critic, 0 a constant one.
+
+    0 where the mask is True nowhere.
+    """
+    if not bool(mask.any()):
+        return torch.zeros(())
     residual = (returns - values)[mask]
     spread = returns[mask].var(correction=0)
     return 1 - residual.var(correction=0) / spread.clamp(min=WHITEN_EPSILON)

@@ -4,7 +4,7 @@ Legend: B responses, R longest response, M response tokens one after the other.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,30 +15,38 @@ from stages.core.bank import PolicyBank
 from stages.core.ops import kl_estimate, masked_whiten
 from stages.core.responses import Responses, Sampler
 from stages.core.rewards import Scorer
-from stages.ppo.advantages import gae, token_rewards
+from stages.core.sequences import ResponseBatch
+from stages.ppo.advantages import gae, grpo, reinforce_plus_plus, rloo, token_rewards
 from stages.ppo.config import PpoConfig
-from stages.ppo.control import ScoreShaper
+from stages.ppo.control import ScoreShaper, overlong_penalty
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What one update learns from; tensors on the CPU, padded positions 0."""
+    """What one update learns from; tensors on the CPU, padded positions 0.
+
+    Responses that `overlong.filter` removes are out of `loss_mask_BR` and have no advantage and no return; the figures
+    of a log still describe them, as the policy sampled them. Without a critic there are no values and no returns.
+    """
 
     responses: Responses
     score_B: Tensor  # as the reward source gave it
     mask_BR: Tensor
+    loss_mask_BR: Tensor  # True trains
     logprobs_BR: Tensor
     ref_logprobs_BR: Tensor
-    values_BR: Tensor
+    values_BR: Tensor | None
     advantages_BR: Tensor
-    returns_BR: Tensor
+    returns_BR: Tensor | None
     rollout_seconds: float
     score_seconds: float
 
     def __post_init__(self) -> None:
         shape = self.mask_BR.shape
-        for name in ("logprobs_BR", "ref_logprobs_BR", "values_BR", "advantages_BR", "returns_BR"):
-            assert getattr(self, name).shape == shape, (name, getattr(self, name).shape, shape)
+        for name in ("loss_mask_BR", "logprobs_BR", "ref_logprobs_BR", "values_BR", "advantages_BR", "returns_BR"):
+            each: Tensor | None = getattr(self, name)
+            assert each is None or each.shape == shape, (name, each.shape, shape)
+        assert (self.values_BR is None) == (self.returns_BR is None)
         assert self.score_B.shape == shape[:1]
 
     @property
@@ -61,42 +69,101 @@ class Collector:
         self, prompts: Sequence[EncodedPrompt], update: int, *, kl_coef: float, shaper: ScoreShaper
     ) -> Experience:
         """One update's experience; `shaper` counts its scores."""
+        config = self.config
         started = time.perf_counter()
-        responses = self.sampler.respond(prompts, "train", update, self.config.samples_per_prompt)
+        responses = self.sampler.respond(prompts, "train", update, config.samples_per_prompt)
         sampled = time.perf_counter()
         scores = self.scorer.score(responses.answered())
         mask_BR = responses.mask()
-        ref_logprobs_BR, values_BR = self.judge(responses, mask_BR)
+        loss_mask_BR = mask_BR & trains(responses, config)[:, None]
         logprobs_BR = _padded(responses.logprobs(), mask_BR)
-        kl_BR = kl_estimate(logprobs_BR, ref_logprobs_BR, self.config.kl.estimator)
-        shaped_B = torch.tensor(shaper.shape(scores, responses.finished))
-        reward_BR = token_rewards(shaped_B, kl_BR, mask_BR, kl_coef)
-        advantages_BR, returns_BR = gae(
-            reward_BR, values_BR, mask_BR, gamma=self.config.gamma, gae_lambda=self.config.gae_lambda
-        )
+        ref_logprobs_BR = self.ref_logprobs(responses, mask_BR)
+        values_BR, after_B = self.values(responses, mask_BR) if config.has_critic else (None, None)
+        kl_BR = kl_estimate(logprobs_BR, ref_logprobs_BR, config.kl.estimator)
+        shaped_B = shaped_scores(scores, responses, config, shaper)
+        reward_BR = token_rewards(shaped_B, kl_BR, loss_mask_BR, kl_coef if config.kl.place == "reward" else 0.0)
+        advantages_BR, returns_BR = estimate_advantages(reward_BR, values_BR, after_B, loss_mask_BR, config)
         return Experience(
             responses=responses,
             score_B=torch.tensor(scores),
             mask_BR=mask_BR,
+            loss_mask_BR=loss_mask_BR,
             logprobs_BR=logprobs_BR,
             ref_logprobs_BR=ref_logprobs_BR,
             values_BR=values_BR,
-            advantages_BR=masked_whiten(advantages_BR, mask_BR),
+            advantages_BR=advantages_BR,
             returns_BR=returns_BR,
             rollout_seconds=sampled - started,
             score_seconds=time.perf_counter() - sampled,
         )
 
     @torch.no_grad()
-    def judge(self, responses: Responses, mask_BR: Tensor) -> tuple[Tensor, Tensor]:
-        """Reference log-probabilities and critic values, BR each."""
-        ref_logprobs: list[Tensor] = []
+    def ref_logprobs(self, responses: Responses, mask_BR: Tensor) -> Tensor:
+        """The reference's log-probabilities BR."""
+        parts = [self.bank.ref_logprobs(batch).cpu() for batch in self._batches(responses)]
+        return _padded(torch.cat(parts), mask_BR)
+
+    @torch.no_grad()
+    def values(self, responses: Responses, mask_BR: Tensor) -> tuple[Tensor, Tensor]:
+        """The critic's values BR, and B what it expects after each response's last token.
+
+        0 after a response that ended by itself. After one that was cut off, the value of the state that its last token
+        leads to where `bootstrap_truncated` is on, else 0 too.
+        """
         values: list[Tensor] = []
-        for rows in responses.microbatches(range(len(mask_BR)), self.config.microbatch_tokens):
-            batch = responses.batch(rows, self.device)
-            ref_logprobs.append(self.bank.ref_logprobs(batch).cpu())
-            values.append(self.bank.values(batch).float().cpu())
-        return _padded(torch.cat(ref_logprobs), mask_BR), _padded(torch.cat(values), mask_BR)
+        after_B = torch.zeros(len(mask_BR))
+        if self.config.bootstrap_truncated:
+            after: list[Tensor] = []
+            for batch in self._batches(responses):
+                values_M, end_B = self.bank.values_and_after(batch)
+                values.append(values_M.float().cpu())
+                after.append(end_B.float().cpu())
+            after_B = torch.where(torch.tensor(responses.finished), 0.0, torch.cat(after))
+        else:
+            values = [self.bank.values(batch).float().cpu() for batch in self._batches(responses)]
+        return _padded(torch.cat(values), mask_BR), after_B
+
+    def _batches(self, responses: Responses) -> Iterator[ResponseBatch]:
+        """All responses in their order, packed."""
+        for rows in responses.microbatches(range(len(responses.completions)), self.config.microbatch_tokens):
+            yield responses.batch(rows, self.device)
+
+
+def trains(responses: Responses, config: PpoConfig) -> Tensor:
+    """Which responses B are in the loss: all, or those that ended by themselves (DAPO's overlong filtering).
+
+    Yu et al. 2025, arXiv 2503.14476, sec. 3.4: the score of a cut response is noise. What it leaves out is left out of
+    every statistic too: of the running score statistics, of a prompt's group, of the whitening.
+    """
+    finished_B = torch.tensor(responses.finished)
+    return finished_B if config.overlong.filter else torch.ones_like(finished_B)
+
+
+def shaped_scores(scores: Sequence[float], responses: Responses, config: PpoConfig, shaper: ScoreShaper) -> Tensor:
+    """Scores B as they enter the reward; `shaper` counts those of responses that train."""
+    overlong = [overlong_penalty(length, config.response_length, config.overlong) for length in responses.lengths]
+    return torch.tensor(shaper.shape(scores, responses.finished, overlong, trains(responses, config).tolist()))
+
+
+def estimate_advantages(
+    reward_BR: Tensor, values_BR: Tensor | None, after_B: Tensor | None, mask_BR: Tensor, config: PpoConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Advantages BR by the estimator of `advantage`, and returns BR where there is a critic to learn them.
+
+    GAE's are whitened over all response tokens of the update, mean removed, as in TRL (Huang et al. 2024, 2403.17031).
+    REINFORCE++ whitens by definition; GRPO and RLOO have a scale of their own.
+    """
+    if values_BR is not None:
+        gamma, gae_lambda = config.gamma, config.gae_lambda
+        advantages_BR, returns_BR = gae(
+            reward_BR, values_BR, mask_BR, gamma=gamma, gae_lambda=gae_lambda, after_B=after_B
+        )
+        return masked_whiten(advantages_BR, mask_BR), returns_BR
+    if config.advantage == "grpo":
+        return grpo(reward_BR, mask_BR, config.samples_per_prompt), None
+    if config.advantage == "rloo":
+        return rloo(reward_BR, mask_BR, config.samples_per_prompt), None
+    return reinforce_plus_plus(reward_BR, mask_BR, config.gamma), None
 
 
 def _padded(values_M: Tensor, mask_BR: Tensor) -> Tensor:

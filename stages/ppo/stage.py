@@ -24,11 +24,13 @@ from stages.core.models import end_tokens, open_encoder
 from stages.core.ops import explained_variance, masked_mean
 from stages.core.responses import Sampler
 from stages.core.rollout.native import NativeEngine
-from stages.core.rollout.protocol import Sampling, rollout_seed
+from stages.core.rollout.protocol import Sampling
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import KlController, ScoreShaper
 from stages.ppo.evaluation import Evaluation, evaluate
 from stages.ppo.experience import Collector, Experience
+from stages.ppo.order import rows_after
+from stages.ppo.ptx import load_ptx
 from stages.ppo.state import PpoState
 from stages.ppo.update import Updater, build_optimizer
 
@@ -78,13 +80,16 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
     bank = builder.policy_bank(context.inputs["policy"], tuning, config.rollout.temperature)
     sources = [context.inputs[f"reward.{place}"] for place in range(len(config.rewards))]
     scorer, reward_models = builder.scorer(config.rewards, sources)
-    builder.add_critic(bank, config.critic, tuning, reward_models[0] if reward_models else None)
+    if config.has_critic:
+        reward = reward_models[0] if reward_models else None
+        builder.add_critic(bank, config.critic, tuning, reward, init=config.value_init)
     ends = end_tokens(encoder, bank.policy.trunk.model)
     engine = NativeEngine(bank.policy.trunk, bank.policy.adapter)
     sampling = Sampling(config.response_length, config.rollout.temperature, ends)
     sampler = Sampler(engine, encoder, sampling, shared.seed)
     collector = Collector(bank, sampler, scorer, config, builder.device)
-    updater = Updater(bank, config, build_optimizer(bank, config), builder.device, shared.seed)
+    ptx = load_ptx(context, encoder, builder.device)
+    updater = Updater(bank, config, build_optimizer(bank, config), builder.device, shared.seed, ptx)
     state = PpoState(KlController(config.kl, config.kl.coef), ScoreShaper(config.score))
     return Ppo(context, encoder, prompts, collector, updater, state)
 
@@ -124,15 +129,18 @@ def train_loop(ppo: Ppo) -> None:
     while state.update < config.updates:
         began = time.perf_counter()
         update = state.update + 1
-        prompts = next_prompts(ppo.prompts.train, state.cursor, config.prompts_per_update, context.shared.seed)
+        prompts = rows_after(
+            ppo.prompts.train, state.cursor, config.prompts_per_update, seed=context.shared.seed, purpose="prompts"
+        )
         kl_coef = state.kl.coef
         experience = ppo.collector.collect(prompts, update, kl_coef=kl_coef, shaper=state.shaper)
         trained = time.perf_counter()
-        figures = ppo.updater.update(experience, update)
+        figures = ppo.updater.update(experience, update, kl_coef)
         update_seconds = time.perf_counter() - trained
         state.update, state.cursor = update, state.cursor + len(prompts)
         figures |= _count(state, experience) | start | {"time/update_s": update_seconds, "kl/coef": kl_coef}
-        state.kl.update(figures["kl/ref_mean"])
+        if update > config.critic_warmup:  # before, the policy stands on the reference and says nothing about beta
+            state.kl.update(figures["kl/ref_mean"])
         if update % config.eval_every == 0 or update == config.updates:
             figures |= _evaluate(ppo, held_out, "eval")
         figures["seconds"] = time.perf_counter() - began
@@ -151,19 +159,6 @@ def train_loop(ppo: Ppo) -> None:
             raise Interrupted(f"ppo: stopped after update {update} of {config.updates}")
 
 
-def next_prompts(prompts: Sequence[EncodedPrompt], cursor: int, count: int, seed: int) -> list[EncodedPrompt]:
-    """The `count` prompts after the first `cursor`: each once an epoch, in an order of seed and epoch alone."""
-    orders: dict[int, list[int]] = {}
-    chosen: list[EncodedPrompt] = []
-    for place in range(cursor, cursor + count):
-        epoch, offset = divmod(place, len(prompts))
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(rollout_seed(seed, "prompts", epoch, 0, 0))
-            orders[epoch] = torch.randperm(len(prompts), generator=generator).tolist()
-        chosen.append(prompts[orders[epoch][offset]])
-    return chosen
-
-
 def _count(state: PpoState, experience: Experience) -> dict[str, float]:
     """Advances the counters by one experience; the metrics that describe it."""
     responses, mask_BR = experience.responses, experience.mask_BR
@@ -171,7 +166,7 @@ def _count(state: PpoState, experience: Experience) -> dict[str, float]:
     state.episodes += len(responses.completions)
     state.tokens += response_tokens + sum(len(prompt.tokens) for prompt in responses.prompts)
     lengths = torch.tensor(responses.lengths, dtype=torch.float)
-    return {
+    return _value_figures(experience) | {
         "tokens": state.tokens,
         "episodes": state.episodes,
         "score/mean": float(experience.score_B.mean()),
@@ -179,7 +174,6 @@ def _count(state: PpoState, experience: Experience) -> dict[str, float]:
         "kl/ref_mean": float(experience.kl_B.mean()),
         # Sampled tokens' mean surprise is an unbiased estimate of the policy's entropy, at no cost.
         "policy/entropy": float(masked_mean(-experience.logprobs_BR, mask_BR)),
-        "value/explained_variance": float(explained_variance(experience.values_BR, experience.returns_BR, mask_BR)),
         "response/length_mean": float(lengths.mean()),
         "response/eos_fraction": sum(responses.finished) / len(responses.finished),
         "time/rollout_s": experience.rollout_seconds,
@@ -187,6 +181,14 @@ def _count(state: PpoState, experience: Experience) -> dict[str, float]:
         "throughput/response_tokens_per_s": response_tokens / experience.rollout_seconds,
         "memory/peak_bytes": peak_memory_bytes(),
     }
+
+
+def _value_figures(experience: Experience) -> dict[str, float]:
+    """How good the critic is on what trains; nothing where there is no critic."""
+    values_BR, returns_BR = experience.values_BR, experience.returns_BR
+    if values_BR is None or returns_BR is None:
+        return {}
+    return {"value/explained_variance": float(explained_variance(values_BR, returns_BR, experience.loss_mask_BR))}
 
 
 def _evaluate(ppo: Ppo, prompts: Sequence[EncodedPrompt], name: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ class PpoState:
     shaper: ScoreShaper
     update: int = 0  # updates done
     cursor: int = 0  # prompts consumed
-    episodes: int = 0  # responses trained on
+    episodes: int = 0  # responses sampled for training
     tokens: int = 0  # prompt and response tokens of those
     best: dict[str, float] = field(default_factory=dict[str, float])  # the evaluation with the highest score so far
     last: dict[str, float] = field(default_factory=dict[str, float])  # figures of the latest update

@@ -115,3 +115,4 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance(values, VALUES, MASK).item() == pytest.approx(6 / 7)
     assert explained_variance(VALUES, VALUES, MASK).item() == 1.0
     assert explained_variance(torch.full((2, 3), 4.0), VALUES, MASK).item() == pytest.approx(0.0, abs=1e-6)
+    assert explained_variance(with_garbage(VALUES, NAN, NOTHING), VALUES, NOTHING).item() == 0.0

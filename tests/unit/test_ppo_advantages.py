@@ -32,12 +32,13 @@ def test_summed_token_rewards_are_score_minus_weighted_kl() -> None:
 @pytest.mark.parametrize("garbage", [NAN, math.inf, 7.0])
 def test_garbage_in_padding_changes_nothing_bit_for_bit(garbage: float) -> None:
     torch.manual_seed(0)
-    score_B, kl_BR, values_BR = torch.randn(2), torch.randn(2, 3), torch.randn(2, 3)
+    score_B, kl_BR, values_BR, after_B = torch.randn(2), torch.randn(2, 3), torch.randn(2, 3), torch.randn(2)
+    options = {"gamma": 0.9, "gae_lambda": 0.8, "after_B": after_B}
 
     def chain(filler: float) -> tuple[Tensor, Tensor, Tensor]:
         reward_BR = token_rewards(score_B, torch.where(MASK, kl_BR, filler), MASK, 0.1)
         dirty_BR = torch.where(MASK, reward_BR, filler)
-        return reward_BR, *gae(dirty_BR, torch.where(MASK, values_BR, filler), MASK, gamma=0.9, gae_lambda=0.8)
+        return reward_BR, *gae(dirty_BR, torch.where(MASK, values_BR, filler), MASK, **options)
 
     for dirty, clean in zip(chain(garbage), chain(0.0), strict=True):
         assert torch.equal(dirty, clean)
@@ -48,8 +49,9 @@ def test_a_response_without_tokens_gets_no_reward_and_no_advantage() -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     rewards = token_rewards(torch.tensor([3.0, -1.0]), torch.full((2, 3), NAN), nothing, 0.1)
     assert torch.equal(rewards, torch.zeros(2, 3))
-    for result in gae(rewards, torch.full((2, 3), NAN), nothing, gamma=1.0, gae_lambda=0.95):
-        assert torch.equal(result, torch.zeros(2, 3))
+    for after_B in (None, torch.tensor([2.0, NAN])):
+        for result in gae(rewards, torch.full((2, 3), NAN), nothing, gamma=1.0, gae_lambda=0.95, after_B=after_B):
+            assert torch.equal(result, torch.zeros(2, 3))
 
 
 def test_gae_by_hand() -> None:
@@ -64,9 +66,39 @@ def test_gae_by_hand() -> None:
     assert returns.tolist() == [[3.25, 5.0, 4.0], [3.0, 0.0, 0.0]]
 
 
-def advantage_by_definition(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
-    """sum over l of (gamma * lambda)^l * delta_{t+l}, each term by itself; the value after the end is 0."""
-    after = [*values[1:], 0.0]
+def test_gae_bootstraps_from_the_value_after_a_response_that_was_cut_off() -> None:
+    # The numbers of above, but response 1 goes on with value 16 and response 2 with value 6; gamma = lambda = 1/2.
+    #   delta_3 = 4 + 16/2 - 8 = 4;      A_3 = 4
+    #   delta_2 = 2 + 8/2 - 4 = 2;       A_2 = 2 + 4/4 = 3
+    #   delta_1 = 1 + 4/2 - 2 = 1;       A_1 = 1 + 3/4 = 1.75
+    # Response 2: A = 3 + 6/2 - 1 = 5.
+    reward_BR, values_BR = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0, 0]]), torch.tensor([[2.0, 4.0, 8.0], [1.0, 0, 0]])
+    after_B = torch.tensor([16.0, 6.0])
+    advantages, returns = gae(reward_BR, values_BR, MASK, gamma=0.5, gae_lambda=0.5, after_B=after_B)
+    assert advantages.tolist() == [[1.75, 3.0, 4.0], [5.0, 0.0, 0.0]]
+    assert returns.tolist() == [[3.75, 7.0, 12.0], [6.0, 0.0, 0.0]]
+    # One of the two ended by itself: it is as without a bootstrap.
+    advantages, _ = gae(reward_BR, values_BR, MASK, gamma=0.5, gae_lambda=0.5, after_B=torch.tensor([16.0, 0.0]))
+    assert advantages.tolist() == [[1.75, 3.0, 4.0], [2.0, 0.0, 0.0]]
+
+
+def test_a_bootstrap_of_zero_is_none_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    reward_BR, values_BR = torch.randn(2, 3), torch.randn(2, 3)
+    options = {"gamma": 0.9, "gae_lambda": 0.8}
+    for ours, theirs in zip(
+        gae(reward_BR, values_BR, MASK, **options, after_B=torch.zeros(2)),
+        gae(reward_BR, values_BR, MASK, **options),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def advantage_by_definition(
+    rewards: list[float], values: list[float], end: float, gamma: float, gae_lambda: float
+) -> list[float]:
+    """sum over l of (gamma * lambda)^l * delta_{t+l}, each term by itself; `end` is the value after the last token."""
+    after = [*values[1:], end]
     deltas = [r + gamma * v_next - v for r, v, v_next in zip(rewards, values, after, strict=True)]
     return [
         math.fsum((gamma * gae_lambda) ** (later - t) * deltas[later] for later in range(t, len(deltas)))
@@ -79,18 +111,24 @@ def advantage_by_definition(rewards: list[float], values: list[float], gamma: fl
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
     gamma=st.floats(0.05, 1),
     gae_lambda=st.floats(0, 1),
+    bootstrap=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_gae_equals_its_definition(lengths: list[int], gamma: float, gae_lambda: float, seed: int) -> None:
+def test_gae_equals_its_definition(
+    lengths: list[int], gamma: float, gae_lambda: float, bootstrap: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     mask_BR = torch.arange(shape[1])[None, :] < torch.tensor(lengths)[:, None]
     reward_BR, values_BR = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    after_B = torch.randn(len(lengths), generator=generator, dtype=torch.float64) * bootstrap
+    options = {"gamma": gamma, "gae_lambda": gae_lambda}
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        advantages, returns = gae(reward_BR.to(dtype), values_BR.to(dtype), mask_BR, gamma=gamma, gae_lambda=gae_lambda)
+        end_B = after_B.to(dtype) if bootstrap else None
+        advantages, returns = gae(reward_BR.to(dtype), values_BR.to(dtype), mask_BR, **options, after_B=end_B)
         for row, length in enumerate(lengths):
             rewards, values = reward_BR[row, :length].tolist(), values_BR[row, :length].tolist()
-            expected = advantage_by_definition(rewards, values, gamma, gae_lambda)
+            expected = advantage_by_definition(rewards, values, after_B[row].item(), gamma, gae_lambda)
             assert advantages[row, :length].tolist() == pytest.approx(expected, rel=tolerance, abs=10 * tolerance)
             totals = [a + v for a, v in zip(expected, values, strict=True)]
             assert returns[row, :length].tolist() == pytest.approx(totals, rel=tolerance, abs=10 * tolerance)
