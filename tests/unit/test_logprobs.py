@@ -1,13 +1,15 @@
-"""Log-probabilities of chosen tokens: by hand, against the full distribution, and in chunks."""
+"""Log-probabilities of chosen tokens, and entropies: by hand, against the full distribution, and in chunks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.core import logprobs
-from stages.core.logprobs import token_logprobs
+from stages.core.logprobs import token_logprobs, token_logprobs_and_entropy
 
 
 def head_of(weights_VD: Tensor) -> nn.Linear:
@@ -56,3 +58,66 @@ def test_a_bfloat16_head_gives_float32() -> None:
     head = head_of(torch.randn(9, 4)).to(torch.bfloat16)
     result = token_logprobs(torch.randn(2, 4, dtype=torch.bfloat16), head, torch.tensor([1, 2]), 1.0)
     assert result.dtype == torch.float32
+
+
+def test_entropy_by_hand() -> None:
+    # at temperature 1/2 the probabilities are 1/30, 4/30, 25/30 wherever hidden is 1, and 1/3 each where it is 0
+    head = head_of(torch.tensor([[0.0], [math.log(2)], [math.log(5)]]))
+    hidden_MD = torch.tensor([[1.0], [0.0]])
+    logprobs_M, entropy_M = token_logprobs_and_entropy(hidden_MD, head, torch.tensor([2, 0]), 0.5)
+    skewed = -sum(share * math.log(share) for share in (1 / 30, 4 / 30, 25 / 30))
+    torch.testing.assert_close(entropy_M, torch.tensor([skewed, math.log(3)]))
+    torch.testing.assert_close(logprobs_M.exp(), torch.tensor([25 / 30, 1 / 3]))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10])
+def test_entropy_has_the_gradient_of_the_dense_definition(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    torch.manual_seed(0)
+    vocabulary, temperature = 17, 0.7
+    weights_VD, hidden_MD = torch.randn(vocabulary, 6), torch.randn(10, 6)
+    targets_M, weights_M2 = torch.randint(0, vocabulary, (10,)), torch.randn(10, 2)
+
+    def dense(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+        probabilities = torch.exp(head(hidden) / temperature)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+        return probabilities[torch.arange(10), targets_M].log(), torch.distributions.Categorical(
+            probabilities
+        ).entropy()
+
+    def run(compute: object) -> tuple[Tensor | None, ...]:
+        hidden, head = hidden_MD.clone().requires_grad_(True), head_of(weights_VD)
+        values_M2 = torch.stack(compute(hidden, head), dim=1)  # type: ignore[operator]
+        (values_M2 * weights_M2).sum().backward()
+        return values_M2.detach(), hidden.grad, head.weight.grad
+
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", rows * vocabulary)
+    ours = run(lambda hidden, head: token_logprobs_and_entropy(hidden, head, targets_M, temperature))
+    for mine, expected in zip(ours, run(dense), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor held that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("compute", [token_logprobs, token_logprobs_and_entropy])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_tensor_exceeds_a_chunk(monkeypatch: pytest.MonkeyPatch, compute: Any, gradients: bool) -> None:
+    """In the update and in scoring alike: 50 tokens of a vocabulary of 100 in chunks of 7."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 700)
+    head, hidden_MD = head_of(torch.randn(100, 2)), torch.randn(50, 2, requires_grad=True)
+    with Largest() as largest, torch.set_grad_enabled(gradients):
+        result = compute(hidden_MD, head, torch.zeros(50, dtype=torch.long), 1.0)
+        if gradients:
+            sum(each.sum() for each in (result if isinstance(result, tuple) else [result])).backward()
+    assert largest.numel == 700

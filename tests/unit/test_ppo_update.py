@@ -7,109 +7,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.chat import ChatEncoder, load_tokenizer
-from data.encoded import EncodedPrompt
 from data.errors import UserError
-from data.rows import Prompt
-from stages.core.bank import BankBuilder, PolicyBank
-from stages.core.config import SharedConfig, Tuning
-from stages.core.responses import Responses, Sampler
-from stages.core.rewards import FunctionScorer
-from stages.core.rollout.native import NativeEngine
-from stages.core.rollout.protocol import Sampling
-from stages.ppo.config import PpoConfig
-from stages.ppo.control import ScoreShaper
-from stages.ppo.experience import Collector, Experience
+from stages.core.responses import Responses
 from stages.ppo.update import Updater, build_optimizer
 from tests.tiny import tiny_model_folder
+from tests.tiny_ppo import (
+    BR_FIELDS,
+    CPU,
+    TEXTS,
+    assert_same,
+    clear_gradients,
+    gradients,
+    make_bank,
+    make_experience,
+    moved_policy,
+    permuted,
+    ppo_config,
+    still_updater,
+    weights,
+)
 
-CPU = torch.device("cpu")
 CRITICS = ["shared", "adapter", "model"]
-TEXTS = ["the cat", "a dog ran to", "say", "user: hello assistant:", "red", "yes or no", "good day the house", "mat"]
-BR_FIELDS = ("logprobs_BR", "ref_logprobs_BR", "values_BR", "advantages_BR", "returns_BR")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_folder(tmp_path_factory.mktemp("base"))
-
-
-def ppo_config(**changes: object) -> PpoConfig:
-    settings: dict[str, object] = {
-        "prompts": [{"path": "unused.jsonl"}],
-        "rollout_batch_size": len(TEXTS),
-        "minibatch_size": len(TEXTS),
-        "response_length": 10,
-        "epochs": 1,
-        "max_grad_norm": 1e9,
-        "value_coef": 0.3,
-    }
-    return PpoConfig.model_validate(settings | changes)
-
-
-def make_bank(base: Path, critic: str = "adapter", method: str = "lora") -> PolicyBank:
-    """A bank whose policy is not its reference and whose critic is not zero."""
-    torch.manual_seed(0)
-    builder = BankBuilder(SharedConfig(base_model=str(base)), device=CPU)
-    tuning = Tuning(rank=4, alpha=8) if method == "lora" else Tuning(method="full")
-    bank = builder.policy_bank(str(base), tuning, 0.8)
-    builder.add_critic(bank, critic, tuning, None)
-    with torch.no_grad():
-        for parameter in bank.trained().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return bank
-
-
-def make_experience(bank: PolicyBank, base: Path, config: PpoConfig) -> Experience:
-    encoder = ChatEncoder(load_tokenizer(str(base)), max_length=64)
-    # Several end tokens, so that responses differ in length.
-    sampling = Sampling(config.response_length, bank.temperature, tuple(range(1, 60)))
-    sampler = Sampler(NativeEngine(bank.policy.trunk, bank.policy.adapter), encoder, sampling, 0)
-    scorer = FunctionScorer("test", lambda prompts, responses, rows: [len(each) % 5 - 2.0 for each in responses])
-    collector = Collector(bank, sampler, scorer, config, CPU)
-    prompts = [
-        EncodedPrompt(encoder.prompt_tokens(text), Prompt(text, origin=f"prompts.jsonl:{row + 1}"))
-        for row, text in enumerate(TEXTS)
-    ]
-    return collector.collect(prompts, 1, kl_coef=0.1, shaper=ScoreShaper(config.score))
-
-
-def still_updater(bank: PolicyBank, config: PpoConfig, seed: int = 0) -> Updater:
-    """An updater whose steps move nothing: the gradients stay to be looked at."""
-    optimizer = torch.optim.SGD([{"params": list(bank.trained().values()), "lr": 0.0, "peak_lr": 0.0}])
-    return Updater(bank, config, optimizer, CPU, seed)
-
-
-def gradients(bank: PolicyBank) -> dict[str, Tensor]:
-    return {name: each.grad.clone() for name, each in bank.trained().items() if each.grad is not None}
-
-
-def weights(bank: PolicyBank) -> dict[str, Tensor]:
-    return {name: each.detach().clone() for name, each in bank.trained().items()}
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        torch.testing.assert_close(
-            ours[name], expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()), msg=name
-        )
-
-
-def moved_policy(experience: Experience) -> Experience:
-    """As if the policy had moved since: ratios are off 1 and some are clipped; values are off too."""
-    generator = torch.Generator().manual_seed(5)
-    noise_BR = 0.3 * torch.randn(experience.mask_BR.shape, generator=generator) * experience.mask_BR
-    return replace(experience, logprobs_BR=experience.logprobs_BR + noise_BR, values_BR=experience.values_BR + noise_BR)
-
-
-def permuted(experience: Experience, order: list[int]) -> Experience:
-    responses = experience.responses
-    rows = Responses(
-        *([part[row] for row in order] for part in (responses.prompts, responses.completions, responses.texts))
-    )
-    fields = {name: getattr(experience, name)[order] for name in ("score_B", "mask_BR", "loss_mask_BR", *BR_FIELDS)}
-    return replace(experience, responses=rows, **fields)
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -134,7 +57,7 @@ def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
     figures = still_updater(bank, config).update(experience, 1, 0.1)
     ours = gradients(bank)
 
-    bank_gradients_cleared(bank)
+    clear_gradients(bank)
     total, count = torch.zeros(()), 0
     for row, completion in enumerate(experience.responses.completions):
         logprobs, values, _ = bank.outputs(experience.responses.batch([row], CPU))
@@ -152,11 +75,6 @@ def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
     assert figures["policy/clip_fraction"] > 0.1
     assert figures["loss"] == pytest.approx((total / count).item(), rel=1e-5)
     assert_same(ours, gradients(bank))
-
-
-def bank_gradients_cleared(bank: PolicyBank) -> None:
-    for parameter in bank.trained().values():
-        parameter.grad = None
 
 
 @pytest.mark.parametrize("critic", CRITICS)
