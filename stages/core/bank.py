@@ -281,7 +281,10 @@ class BankBuilder:
         if full:
             trunk.train(trunk.backbone.parameters())
             return View(trunk, None)
-        trunk.add_adapter("value", lora_config(tuning, "CAUSAL_LM"))
+        config = lora_config(tuning, "CAUSAL_LM")
+        if is_reward_model(model):
+            config.exclude_modules = ["score"]  # its own head is read by nobody: `value_head` is a copy
+        trunk.add_adapter("value", config)
         trunk.train(trunk.adapter_parameters("value"))
         return View(trunk, "value")
 
