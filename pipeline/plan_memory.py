@@ -31,15 +31,16 @@ def memory_estimate(run: Run, stage: str, longest: int) -> dict[str, int] | str:
     tuning = getattr(getattr(config, stage), "tuning", None) or config.tuning
     if stage == "ppo" and config.ppo is not None:
         return _ppo(run, config.ppo, shape, tuning)
-    if stage in ("sft", "rm"):
-        section = config.sft if stage == "sft" else config.rm
-        assert section is not None
+    if (section := config.supervised(stage)) is not None:
         tokens = section.rows_per_pass * min(longest or config.max_length, config.max_length)
-        tokens *= 2 if stage == "rm" else 1  # both sides of a pair
-        logits = min(tokens * shape.vocabulary, CHUNK_LOGITS) if stage == "sft" else 0
+        tokens *= 1 if stage == "sft" else 2  # both sides of a pair
+        logits = 0 if stage == "rm" else min(tokens * shape.vocabulary, CHUNK_LOGITS)
         parts = training_bytes(shape, Training(tuning, config.dtype, tokens, logits))
-        role = "policy" if stage == "sft" else "reward model"
-        return {f"{role}: {part}": size for part, size in parts.items()}
+        role = "reward model" if stage == "rm" else "policy"
+        sizes = {f"{role}: {part}": size for part, size in parts.items()}
+        if stage == "dpo":  # a copy of the adapter, or of the whole model in float32
+            sizes["reference: weights"] = 4 * trained_parameters(shape, tuning)
+        return sizes
     assert config.eval is not None
     kv_tokens = min(config.eval.max_prompts, _ROLLOUT_BATCH) * config.max_length
     return {
@@ -66,6 +67,10 @@ def _ppo(run: Run, section: PpoConfig, shape: ModelShape, tuning: Tuning) -> dic
     for role, source in stage_inputs(run, "ppo").items():
         if role.startswith("reward") and ":" not in source:
             sizes[f"{role}: weights"] = _reward_bytes(run, source, shape, tuning)
+    if tuning.method == "lora" and config.dtype == "float32":
+        sizes["rollout: weights with the adapter folded in"] = (
+            4 * shape.layers * sum(inputs * outputs for inputs, outputs in shape.linear_shapes)
+        )
     responses = min(section.rollout_batch_size, _ROLLOUT_BATCH)
     sizes["rollout: KV cache"] = shape.kv_cache_bytes(responses * config.max_length, BYTES[config.dtype])
     return sizes

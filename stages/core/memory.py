@@ -14,7 +14,7 @@ from stages.core.config import Tuning
 BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4  # trained parameters are float32
 ADAM_BYTES = 8  # two float32 moments
-CHUNK_LOGITS = 2**25  # stages.core.logprobs holds at most this many at once
+CHUNK_LOGITS = 2**26  # stages.core.logprobs holds at most this many at once on a GPU, fewer on a CPU
 
 # Dimensions of models that recipes name, so that they are estimated before anything is downloaded.
 _KNOWN: Mapping[str, Mapping[str, Any]] = {

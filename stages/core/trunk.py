@@ -5,6 +5,7 @@ Legend: B sequences, N packed tokens, M response tokens, D hidden size, V vocabu
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.errors import UserError
+from stages.core import lora
 from stages.core.attention import Layout
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
@@ -36,6 +38,7 @@ class Trunk:
         self.peft: PeftModel | None = None
         self.trainable: list[nn.Parameter] = []
         self._tuner_layers: list[BaseTunerLayer] = []
+        self._fast_layers: list[lora.FastLinear] = []
         self._active: str | None = None
 
     @property
@@ -58,6 +61,7 @@ class Trunk:
             if result.unexpected_keys:
                 raise UserError(f"adapter {name}: does not fit this base (no {result.unexpected_keys[0]} in it)")
         self._tuner_layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._fast_layers = lora.speed_up(self.model)
         self.model.requires_grad_(False)
         self._active = name
         self.use(None)
@@ -97,6 +101,11 @@ class Trunk:
         for parameter in self.trainable:
             parameter.requires_grad_(True)
         self._active = adapter
+
+    def folded(self, adapter: str | None) -> AbstractContextManager[None]:
+        """While it is open, passes under `adapter` cost as much as the base alone, for a copy of its linear weights."""
+        self.use(adapter)
+        return lora.folded(self._fast_layers)
 
     def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
         """Last hidden states ND of packed sequences under an adapter."""

@@ -33,7 +33,10 @@ def test_temperature_divides_the_logits() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 10, 11])
-def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_chunks_change_neither_values_nor_gradients(
+    monkeypatch: pytest.MonkeyPatch, rows: int, head_trains: bool
+) -> None:
     torch.manual_seed(0)
     vocabulary, temperature = 17, 0.7
     weights_VD, hidden_MD = torch.randn(vocabulary, 6), torch.randn(10, 6)
@@ -43,15 +46,30 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPa
         return (head(hidden) / temperature).log_softmax(1)[torch.arange(10), targets_M]
 
     def run(compute: object) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        hidden, head = hidden_MD.clone().requires_grad_(True), head_of(weights_VD)
+        hidden, head = hidden_MD.clone().requires_grad_(True), head_of(weights_VD).requires_grad_(head_trains)
         values = compute(hidden, head)  # type: ignore[operator]
         (values * weights_M).sum().backward()
         return values.detach(), hidden.grad, head.weight.grad
 
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", rows * vocabulary)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", {"cpu": rows * vocabulary})
     ours = run(lambda hidden, head: token_logprobs(hidden, head, targets_M, temperature))
     for mine, expected in zip(ours, run(by_definition), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_a_head_may_have_a_bias(head_trains: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(6, 17).requires_grad_(head_trains)
+    hidden_MD, targets_M = torch.randn(10, 6, requires_grad=True), torch.randint(0, 17, (10,))
+    wanted = [hidden_MD, head.weight, head.bias] if head_trains else [hidden_MD]
+    ours_M = token_logprobs(hidden_MD, head, targets_M, 1.0)
+    dense_M = head(hidden_MD).log_softmax(1)[torch.arange(10), targets_M]
+    torch.testing.assert_close(ours_M, dense_M)
+    weights_M = torch.randn(10)
+    expected = torch.autograd.grad((dense_M * weights_M).sum(), wanted)
+    for mine, theirs in zip(torch.autograd.grad((ours_M * weights_M).sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bfloat16_head_gives_float32() -> None:
@@ -90,7 +108,7 @@ def test_entropy_has_the_gradient_of_the_dense_definition(monkeypatch: pytest.Mo
         (values_M2 * weights_M2).sum().backward()
         return values_M2.detach(), hidden.grad, head.weight.grad
 
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", rows * vocabulary)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", {"cpu": rows * vocabulary})
     ours = run(lambda hidden, head: token_logprobs_and_entropy(hidden, head, targets_M, temperature))
     for mine, expected in zip(ours, run(dense), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
@@ -114,7 +132,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_no_tensor_exceeds_a_chunk(monkeypatch: pytest.MonkeyPatch, compute: Any, gradients: bool) -> None:
     """In the update and in scoring alike: 50 tokens of a vocabulary of 100 in chunks of 7."""
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 700)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", {"cpu": 700})
     head, hidden_MD = head_of(torch.randn(100, 2)), torch.randn(50, 2, requires_grad=True)
     with Largest() as largest, torch.set_grad_enabled(gradients):
         result = compute(hidden_MD, head, torch.zeros(50, dtype=torch.long), 1.0)

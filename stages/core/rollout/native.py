@@ -34,8 +34,9 @@ class NativeEngine:
     ) -> list[list[Completion]]:
         """For each prompt one completion a seed, decoded at most `batch_size` responses at a time."""
         completions: list[list[Completion]] = []
-        for group in split_by_budget([len(each) for each in seeds], self.batch_size):
-            completions += self._generate_group([prompts[i] for i in group], sampling, [seeds[i] for i in group])
+        with self.trunk.folded(self.adapter):
+            for group in split_by_budget([len(each) for each in seeds], self.batch_size):
+                completions += self._generate_group([prompts[i] for i in group], sampling, [seeds[i] for i in group])
         return completions
 
     def close(self) -> None:
