@@ -1,0 +1,1 @@
+"""Side-by-side measurements; run from the project's root as `python -m benchmarks.ppo`, `.rollout` or `.sft_rm`."""

@@ -1,0 +1,63 @@
+"""The least time that one PPO update can take: FLOP and bytes of a fixed algorithm, from the tokens that were real.
+
+The algorithm is the cheapest of all arms, and the denominator for everybody: one LoRA trunk for policy and critic,
+values read while decoding, no padding, each base weight read once a decoding step. Per update it costs, in forward
+passes of the trunk, 2 (rollout: prompts and responses once) + 4 (reference and reward model) + 4 an epoch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas need to know of a model."""
+
+    trunk: int  # N: parameters of the blocks' linear layers
+    head: int  # V x d
+    lora: int  # parameters of one adapter
+    layers: int
+    hidden: int
+    kv_width: int  # key and value heads x head size
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The real tokens of one update."""
+
+    prompt: float
+    response: float
+    sequences: int
+    epochs: int
+
+    @property
+    def total(self) -> float:
+        """T."""
+        return self.prompt + self.response
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of prompt and response: the sum of squares over sequences is at least T x this."""
+        return self.total / self.sequences
+
+
+def phase_floors(shape: Shape, tokens: Tokens, peaks: Mapping[str, float], dtype: str) -> dict[str, float]:
+    """Seconds that rollout, scoring and update cannot go below at the measured peaks of `dtype`."""
+    attention = 2 * shape.layers * shape.hidden * tokens.length * tokens.total  # causal
+    trunk, head = 2 * shape.trunk * tokens.total, 2 * shape.head * tokens.response
+    forward = trunk + attention
+    # A trained adapter costs 6 a parameter and token; the frozen weights under it 4 (forward, and towards the input).
+    update = 2 * trunk + 6 * shape.lora * tokens.total + 2 * head + 3 * attention
+    flop = {"rollout": forward + head, "scoring": 2 * forward + head, "update": tokens.epochs * update}
+    floors = {phase: count / peaks[dtype] for phase, count in flop.items()}
+    floors["rollout"] = max(floors["rollout"], _decode_bytes(shape, tokens, dtype) / peaks["copy"])
+    return floors
+
+
+def _decode_bytes(shape: Shape, tokens: Tokens, dtype: str) -> float:
+    """Weights once a step, for the fewest steps (every sequence at work in each), and the cache behind each token."""
+    size = 2 if dtype == "bfloat16" else 4
+    steps = tokens.response / tokens.sequences
+    cached = tokens.prompt / tokens.sequences + steps / 2
+    cache = 2 * shape.layers * shape.kv_width * cached * tokens.response
+    return size * (steps * (shape.trunk + shape.head) + cache)

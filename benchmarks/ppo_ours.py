@@ -1,0 +1,142 @@
+"""This project's PPO on the shared workload: the public stage, timed by what it reports of itself.
+
+Run as a worker: `python -m benchmarks.ppo_ours SPEC RESULT`.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import ROOT, clock, measure_peaks, read_spec, resident_peak, write_result
+from pipeline.config import validate
+from pipeline.inputs import Run, stage_inputs
+from stages.core.context import StageContext
+from stages.ppo.stage import run as run_ppo
+
+NEVER = 10**9
+
+
+class Recorder:
+    """Takes a stage's metrics; implements `stages.core.context.Metrics`."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._cpu = 0.0
+
+    def start(self, total_steps: int, unit: str) -> None:
+        """The first step begins."""
+        self._cpu = time.process_time()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One update's figures, and the CPU seconds since the update before."""
+        now = time.process_time()
+        self.rows.append(dict(values) | {"cpu_s": now - self._cpu})
+        self._cpu = now
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Not kept."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing to drop: a benchmark never resumes."""
+
+    def say(self, message: str) -> None:
+        """Goes to the worker's output."""
+        print(message)
+
+
+def config(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's config: what the spec fixes for both contestants; everything else keeps its default."""
+    folder, tuning, arm = Path(spec["folder"]), spec["tuning"], spec["arm"]
+    reward = {"model": str(folder / ("reward" if tuning == "lora" else "reward-full"))}
+    if spec["reward"] == "function":
+        reward = {"function": f"{ROOT / 'benchmarks' / 'text_reward.py'}:score"}
+    return {
+        "base_model": str(folder / "policy"),
+        "seed": spec["seed"],
+        "dtype": arm["dtype"],
+        "threads": spec["threads"],
+        "max_length": spec["max_length"],
+        "trackers": [],
+        "checkpoint_every": NEVER,
+        "tuning": {"method": tuning, "rank": spec["rank"], "alpha": 2 * spec["rank"]},
+        "ppo": {
+            "prompts": [{"path": str(folder / "prompts.jsonl")}],
+            "holdout": 0.0,
+            "reward": reward,
+            # One update more than is measured: the last one also evaluates and saves.
+            "updates": spec["updates"] + 1,
+            "rollout_batch_size": spec["batch"],
+            "minibatch_size": spec["minibatch"],
+            "epochs": spec["epochs"],
+            "response_length": spec["response_length"],
+            "critic": arm["critic"],
+            "learning_rate": spec["learning_rate"],
+            "kl": {"coef": spec["kl_coef"]},
+            "eval_every": NEVER,
+            "eval_prompts": 1,
+        },
+    }
+
+
+def records(rows: Sequence[Mapping[str, float]], batch: int) -> list[dict[str, float]]:
+    """The updates in the words that both contestants share."""
+    updates: list[dict[str, float]] = []
+    tokens_before = 0.0
+    for row in rows:
+        response = row["response/length_mean"] * batch
+        phases = {"rollout": row["time/rollout_s"], "scoring": row["time/score_s"], "update": row["time/update_s"]}
+        updates.append(
+            {
+                **phases,
+                "other": row["seconds"] - sum(phases.values()),
+                "total": row["seconds"],
+                "cpu": row["cpu_s"],
+                "prompt_tokens": row["tokens"] - tokens_before - response,
+                "response_tokens": response,
+                "score": row["score/mean"],
+                "explained_variance": row["value/explained_variance"],
+                "kl": row["kl/ref_mean"],
+                "eos_fraction": row["response/eos_fraction"],
+            }
+        )
+        tokens_before = row["tokens"]
+    return updates
+
+
+def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the stage in the worker's folder; its updates, memory and the machine's peaks."""
+    torch.set_num_threads(spec["threads"])
+    libraries = resident_peak()
+    folder = Path.cwd() / "run"
+    run = Run(validate(config(spec), [ROOT]), None, folder)
+    recorder = Recorder()
+    (folder / "ppo").mkdir(parents=True, exist_ok=True)
+    began = clock()
+    run_ppo(
+        StageContext(
+            stage="ppo",
+            out=folder / "ppo",
+            run_folder=folder,
+            config_folder=None,
+            shared=run.config,
+            config=run.config.ppo,
+            inputs=stage_inputs(run, "ppo"),
+            key="benchmark",
+            metrics=recorder,
+            should_stop=lambda: False,
+        )
+    )
+    return {
+        "updates": records(recorder.rows[:-1], spec["batch"]),
+        "seconds": clock() - began,
+        "peak_bytes": resident_peak(),
+        "libraries_bytes": libraries,
+        "peaks": measure_peaks(),
+    }
+
+
+if __name__ == "__main__":
+    write_result(measure(read_spec()))
