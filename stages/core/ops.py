@@ -31,7 +31,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     """Per-token estimates of KL(policy || reference) in nats, from tokens sampled by the policy.
 
     With d = log pi - log pi_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman, "Approximating KL
-    divergence", 2020). k1 and k3 are unbiased; k2 and k3 are never negative.
+    divergence", 2020). k1 and k3 are unbiased; k2 and k3 are never negative. TRL 1.12 marks
+    padding by log-probabilities of 1 on both sides, which cancel here; ours are 0.
     """
     difference = logprobs - ref_logprobs
     if estimator == "k1":

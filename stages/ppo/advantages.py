@@ -19,8 +19,9 @@ GRPO_EPSILON = 1e-4
 def token_rewards(score_B: Tensor, kl_BR: Tensor, mask_BR: Tensor, kl_coef: float) -> Tensor:
     """r_t = -kl_coef * kl_t, plus the score at the last response token: reward_BR (Ziegler et al. 2019, eq. 2).
 
-    Their sum over a response is score - kl_coef * KL. TRL puts the score on the slot after the end token; here the end
-    token is part of the response and carries it.
+    Their sum over a response is score - kl_coef * KL. The end token is part of the response and carries the score. TRL
+    1.12 gives an ended response one slot more, after the end token, for the score and for a value of its own; where the
+    tokenizer pads with the end token, that slot is the end token's and no loss reaches it.
     """
     reward_BR = torch.where(mask_BR, -kl_coef * kl_BR, 0.0)
     last_B = mask_BR.sum(1) - 1
@@ -42,7 +43,9 @@ def gae(
     delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lambda * A_{t+1};  return_t = A_t + V_t.
     `after_B` is the value after each response's last token: 0 where the response ended by itself, the critic's where it
     was cut off (partial-episode bootstrapping: Pardo et al. 2018, arXiv 1712.00378). Without it all are 0, as in
-    InstructGPT-style work and in TRL.
+    InstructGPT-style work. So TRL 1.12 treats a response that was cut off, but it goes on from the critic's V after an
+    end token: its last advantage has gamma * V + gamma * lambda * (score - V) where ours has the score, which is the
+    same at gamma = lambda = 1.
     """
     advantages_BR = torch.zeros_like(reward_BR)
     end_B = torch.zeros_like(reward_BR[:, 0]) if after_B is None else after_B

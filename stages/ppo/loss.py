@@ -20,7 +20,8 @@ def policy_loss(
 
     `clip_range_high` (default: `clip_range`) frees the upper side, as DAPO's clip-higher does (Yu et al. 2025,
     2503.14476, sec. 3.1). Where A < 0 that minimum has no lower bound; `dual_clip` c gives it one: max(min(...), c * A)
-    (Ye et al. 2020, 1912.09729, eq. 5).
+    (Ye et al. 2020, 1912.09729, eq. 5). TRL 1.12 takes the mean over each microbatch, then the mean of these means: a
+    token weighs more the fewer there are beside it.
     """
     ratio_M = torch.exp(new_logprobs_M - logprobs_M)
     clipped_M = ratio_M.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
@@ -34,7 +35,7 @@ def policy_loss(
 def value_loss(new_values_M: Tensor, values_M: Tensor, returns_M: Tensor, clip_range: float | None) -> Tensor:
     """Sum over tokens of max((V - R)^2, (clip(V, V_old +- e) - R)^2) / 2 (Huang et al. 2024, 2403.17031, detail 11).
 
-    Without a clip range it is (V - R)^2 / 2.
+    Without a clip range it is (V - R)^2 / 2. TRL 1.12 counts the slot after an end token too, where R is the score.
     """
     squares_M = (new_values_M - returns_M).square()
     if clip_range is not None:

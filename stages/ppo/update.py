@@ -90,7 +90,7 @@ class Updater:
     ) -> dict[str, float]:
         """Leaves the minibatch's gradients in the parameters; its metrics.
 
-        Losses are divided by the response tokens that train in the minibatch, not in a microbatch.
+        Losses are divided by the response tokens that train in the minibatch, not in a microbatch as in TRL 1.12.
         """
         tokens = int(experience.loss_mask_BR[list(rows)].sum())
         training = [row for row in rows if bool(experience.loss_mask_BR[row].any())]
@@ -109,6 +109,8 @@ class Updater:
     def _step(self, experience: Experience, rows: Sequence[int], loss: float) -> float:
         """One optimizer step; returns the gradient's norm before clipping.
 
+        TRL 1.12 clips none, whatever its max_grad_norm. Where it accumulates gradients it steps once an epoch, not once
+        a minibatch, and on the last batch of its prompts after every microbatch, with a part of the gradient.
         Raises UserError, before the step, where loss or gradient is not finite.
         """
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
@@ -173,7 +175,11 @@ class Updater:
         return terms
 
     def _ratio_figures(self, new_logprobs_M: Tensor, logprobs_M: Tensor) -> dict[str, Tensor]:
-        """How far the policy is from the one that sampled, summed over tokens."""
+        """How far the policy is from the one that sampled, summed over tokens.
+
+        TRL 1.12's means count padding too (ratio 1, KL 0), and shrink with its number of minibatches where it
+        accumulates gradients; its approximate KL is k2.
+        """
         ratio_M = torch.exp(new_logprobs_M - logprobs_M)
         high = self.config.clip_range if self.config.clip_range_high is None else self.config.clip_range_high
         return {

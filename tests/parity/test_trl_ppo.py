@@ -124,6 +124,7 @@ def test_models_kl_and_scores_are_trls(run: Run) -> None:
     assert_close(experience.ref_logprobs_BR, theirs["ref_logprobs"], mask_BR)
     assert_close(experience.values_BR, theirs["values"], mask_BR)
     kl_BR = kl_estimate(experience.logprobs_BR, experience.ref_logprobs_BR, run.config.kl.estimator)
+    assert (theirs["logprobs"][~mask_BR] == 1).all()  # its mark of padding, which no sum of ours would survive
     assert_close(kl_BR, theirs["kl"])  # 0 in the padding, on both sides
     if run.config.kl.estimator == "k1":  # TRL logs the estimator of the reward; ours is k1 always
         assert float(experience.kl_B.mean()) == pytest.approx(run.metrics["objective/kl"], abs=1e-5)
