@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "sft": "Fine-tune the base model on demonstrations.",
     "rm": "Train a reward model on preference pairs.",
+    "dpo": "Train a policy straight on preference pairs, in place of rm and ppo.",
     "ppo": "Optimise the policy against a reward.",
     "eval": "Compare policies on prompts none was trained on.",
     "run": "Run the whole chain; finished stages are skipped.",
@@ -27,7 +28,8 @@ _EPILOG = (
 )
 
 app = typer.Typer(
-    help="Classic RLHF, one command a stage: sft -> rm -> ppo. CONFIG is a YAML file or a bundled recipe (quickstart).",
+    help="Classic RLHF, one command a stage: sft -> rm -> ppo, or sft -> dpo. "
+    "CONFIG is a YAML file or a bundled recipe (quickstart).",
     epilog=_EPILOG,
     add_completion=False,
     no_args_is_help=True,

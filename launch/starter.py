@@ -32,6 +32,8 @@ _EXAMPLE: Mapping[str, Any] = {
     "eval": {"prompts": [{"path": "eval_prompts.jsonl"}]},
 }
 _LEFT_OUT = ("toy",)
+# An alternative to sections above: there, but commented out as a whole.
+_ALTERNATIVE: Mapping[str, Any] = {"dpo": {"data": [{"path": "preferences.jsonl"}]}}
 
 
 def write_starter(path: Path) -> Answer:
@@ -61,12 +63,13 @@ def _lines(model: type[BaseModel], example: Mapping[str, Any]) -> list[str]:
     for name, field in model.model_fields.items():
         if name in _LEFT_OUT:
             continue
-        value = example.get(name)
+        value = example.get(name, _ALTERNATIVE.get(name))
         section = _section(field)
         if isinstance(value, dict) and section is not None:
             comment = _first_line(section)
-            lines += ["", f"# {comment}", f"{name}:"]
-            lines += [f"  {line}" for line in _lines(section, cast(dict[str, Any], value))]
+            off = "# " if name in _ALTERNATIVE else ""
+            lines += ["", f"# {comment}", f"{off}{name}:"]
+            lines += [f"{off}  {line}" for line in _lines(section, cast(dict[str, Any], value))]
         elif name in example:
             lines.append(_commented(f"{name}: {_flow(value)}", field.description))
         else:

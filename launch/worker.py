@@ -63,7 +63,7 @@ def _stage_names(request: Request, present: list[str]) -> list[str]:
     """The stages that a command concerns: all of the config's, or its own."""
     if request.command in ("run", "plan"):
         if not present:
-            raise UserError(f"CONFIG={request.config}: has no stage; add a section sft, rm, ppo or eval")
+            raise UserError(f"CONFIG={request.config}: has no stage; add a section sft, rm, dpo, ppo or eval")
         return present
     if request.command not in present:
         raise UserError(f"CONFIG={request.config}: has no section {request.command}; add one, as `launch init` shows")

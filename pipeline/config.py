@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 import pipeline
 from data.errors import UserError
@@ -15,6 +15,8 @@ from pipeline.config_errors import one_line, problem_lines, show
 from pipeline.overrides import apply_overrides
 from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_problem
 from stages.core.config import SharedConfig
+from stages.core.supervised_config import SupervisedSection
+from stages.dpo.config import DpoConfig
 from stages.eval.config import EvalConfig
 from stages.ppo.config import PpoConfig
 from stages.rm.config import RmConfig
@@ -28,8 +30,28 @@ class RunConfig(SharedConfig):
     toy: ToyConfig | None = Field(None, description="the built-in model and rows, for a first run")
     sft: SftConfig | None = Field(None, description="supervised fine-tuning")
     rm: RmConfig | None = Field(None, description="the reward model")
+    dpo: DpoConfig | None = Field(None, description="a policy straight from preference pairs; in place of rm and ppo")
     ppo: PpoConfig | None = Field(None, description="policy optimisation")
     eval: EvalConfig | None = Field(None, description="the closing comparison")
+
+    def supervised(self, stage: str) -> SupervisedSection | None:
+        """The section of a stage that trains on labelled rows; None for the other stages."""
+        return {"sft": self.sft, "rm": self.rm, "dpo": self.dpo}.get(stage)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compare_what_is_there(cls, raw: Any) -> Any:
+        """With `dpo:`, eval compares sft with those of dpo and ppo that the config has; without rm, it has no score."""
+        if not isinstance(raw, dict):
+            return raw
+        tree = cast(dict[str, Any], raw)
+        if tree.get("dpo") is None or not isinstance(tree.get("eval"), dict):
+            return tree
+        compared = ["sft", *(stage for stage in ("dpo", "ppo") if tree.get(stage) is not None)]
+        defaults: dict[str, Any] = {"policies": {stage: f"stage:{stage}" for stage in compared}}
+        if tree.get("rm") is None:
+            defaults["scores"] = {}
+        return {**tree, "eval": {**defaults, **tree["eval"]}}
 
 
 @dataclass(frozen=True)

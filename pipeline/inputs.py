@@ -18,8 +18,8 @@ from data.sources import SourceConfig, content_digest
 from pipeline.config import RunConfig
 from stages.core.reward_config import RewardConfig
 
-STAGES = ("toy", "sft", "rm", "ppo", "eval")
-TRAINING = ("sft", "rm", "ppo")
+STAGES = ("toy", "sft", "rm", "dpo", "ppo", "eval")
+TRAINING = ("sft", "rm", "dpo", "ppo")
 # Shared settings that change a result. The others (name, trackers, keep_checkpoints, checkpoint_every, max_refused,
 # threads) say how a run is kept, watched or stopped; threads only reorder float sums.
 _SHARED_FACTS = ("seed", "dtype", "max_length", "overlong", "packing")
@@ -48,8 +48,8 @@ class Run:
 def stage_inputs(run: Run, stage: str) -> dict[str, str]:
     """Role -> stage folder, model folder, hub id or `file.py:function`.
 
-    sft: `base`; rm: `policy`; ppo: `policy` and `reward.0`, `reward.1`, … in the config's order; eval: `policy.NAME`
-    and `score.NAME`.
+    sft: `base`; rm and dpo: `policy`; ppo: `policy` and `reward.0`, `reward.1`, … in the config's order; eval:
+    `policy.NAME` and `score.NAME`.
     """
     config = run.config
     base = in_run(config.base_model, run.folder)
@@ -57,6 +57,8 @@ def stage_inputs(run: Run, stage: str) -> dict[str, str]:
         return {"base": in_run(config.sft.policy or base, run.folder)}
     if stage == "rm" and config.rm is not None:
         return {"policy": _policy(run, config.rm.policy, base)}
+    if stage == "dpo" and config.dpo is not None:
+        return {"policy": _policy(run, config.dpo.policy, base)}
     if stage == "ppo" and config.ppo is not None:
         rewards = {f"reward.{place}": _score_source(run, reward) for place, reward in enumerate(config.ppo.rewards)}
         return {"policy": _policy(run, config.ppo.policy, base), **rewards}

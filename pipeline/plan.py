@@ -78,5 +78,5 @@ def _batches(run: Run, stage: str, data: DataPlan) -> list[str]:
     config = run.config
     if stage == "ppo" and config.ppo is not None:
         return ppo_arithmetic(config.ppo)
-    section = config.sft if stage == "sft" else config.rm if stage == "rm" else None
+    section = config.supervised(stage)
     return supervised_arithmetic(section, data.rows.get("train")) if section is not None else []

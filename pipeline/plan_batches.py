@@ -9,7 +9,7 @@ RANKS = 1  # this version trains in one process
 
 
 def supervised_arithmetic(section: SupervisedSection, train_rows: int | None) -> list[str]:
-    """The lines for sft and rm; without row counts where the rows are not known yet."""
+    """The lines for sft, rm and dpo; without row counts where the rows are not known yet."""
     lines = [
         f"batch {section.batch_size} = {section.rows_per_pass} rows per device x {section.accumulation} accumulation "
         f"x {RANKS} rank"

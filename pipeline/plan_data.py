@@ -16,6 +16,7 @@ from data.report import DataReport
 from data.sources import SourceConfig
 from pipeline.inputs import STAGES, Run, is_path, stage_inputs
 from pipeline.model_files import cached_file
+from stages.dpo.labels import refuse_margins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,9 +56,7 @@ def stage_sources(run: Run, stage: str) -> list[SourceConfig]:
     sources: list[SourceConfig] = []
     if config.eval is not None and stage == "eval":
         return [*config.eval.prompts, *config.eval.pairs]
-    if stage in ("sft", "rm"):
-        section = config.sft if stage == "sft" else config.rm
-        assert section is not None
+    if (section := config.supervised(stage)) is not None:
         sources += [*section.data, *([section.holdout] if isinstance(section.holdout, SourceConfig) else [])]
     if config.ppo is not None and stage == "ppo":
         holdout = config.ppo.holdout
@@ -109,7 +108,7 @@ def tokenizer_place(run: Run, stage: str) -> str | None:
         folder = Path(value)
         if (folder / "weights").is_dir():
             return str(folder / "weights")
-        if folder.parent != run.folder or folder.name not in ("sft", "ppo"):
+        if folder.parent != run.folder or folder.name not in ("sft", "dpo", "ppo"):
             break
         value = next(iter(stage_inputs(run, folder.name).values()), in_run(run.config.base_model, run.folder))
     return None if Path(value) == run.stage_folder("toy") else value
@@ -125,6 +124,13 @@ def _prepare(run: Run, stage: str, encoder: ChatEncoder) -> Prepared[Any]:
     if stage == "rm" and config.rm is not None:
         section = config.rm
         return prepare_preferences(section.data, section.holdout, encoder=encoder, run_folder=folder, seed=config.seed)
+    if stage == "dpo" and config.dpo is not None:
+        section = config.dpo
+        prepared = prepare_preferences(
+            section.data, section.holdout, encoder=encoder, run_folder=folder, seed=config.seed
+        )
+        refuse_margins([*prepared.train, *prepared.holdout])
+        return prepared
     section = config.ppo if stage == "ppo" else config.eval
     assert section is not None
     return prepare_prompts(

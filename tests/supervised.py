@@ -1,9 +1,10 @@
-"""What the tests of `sft` and `rm` share: small rows, a stage context, and rows as token ids.
+"""What the tests of `sft`, `rm` and `dpo` share: small rows, a stage context, and rows as token ids.
 
 Run as a script it is one stage in a process of its own, for tests that kill it: `python -m tests.supervised FOLDER`
 reads FOLDER/case.json.
 """
 
+import importlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from data.sources import SourceConfig
 from pipeline.metrics import MetricsLog
 from stages.core.config import SharedConfig
 from stages.core.context import Interrupted, StageContext, StageResult
+from stages.dpo.config import DpoConfig
 from stages.rm.config import RmConfig
 from stages.sft.config import SftConfig
 
@@ -94,10 +96,10 @@ def stage_context(
     section: Mapping[str, Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StageContext[Any]:
-    """The context that `pipeline` would hand to `sft` or `rm`, writing below `folder`."""
+    """The context that `pipeline` would hand to `sft`, `rm` or `dpo`, writing below `folder`."""
     out = folder / stage
     out.mkdir(parents=True, exist_ok=True)
-    kind = SftConfig if stage == "sft" else RmConfig
+    kind = {"sft": SftConfig, "rm": RmConfig, "dpo": DpoConfig}[stage]
     return StageContext(
         stage=stage,
         out=out,
@@ -114,11 +116,7 @@ def stage_context(
 
 def run_stage(context: StageContext[Any]) -> StageResult:
     """The stage of that name, run."""
-    if context.stage == "sft":
-        from stages.sft.stage import run
-    else:
-        from stages.rm.stage import run
-    return run(context)
+    return importlib.import_module(f"stages.{context.stage}.stage").run(context)
 
 
 def metrics_lines(context: StageContext[Any]) -> list[dict[str, Any]]:

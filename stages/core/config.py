@@ -23,7 +23,7 @@ class Tuning(Section):
     rank: Annotated[int, Field(ge=1)] = Field(default=16, description="LoRA rank (Hu et al. 2021, arXiv 2106.09685)")
     alpha: Annotated[float, Field(gt=0)] = Field(default=32, description="LoRA scale is alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="dropout on the LoRA input in sft and rm; PPO trains without"
+        default=0.0, description="dropout on the LoRA input in sft and rm; PPO and DPO train without"
     )
     targets: list[str] | Literal["all-linear"] = Field(
         default="all-linear", description="module names; all linear layers do best (LoRA Without Regret, 2025)"
@@ -60,7 +60,7 @@ class SharedConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     checkpoint_every: Annotated[int, Field(ge=1)] = Field(
-        default=50, description="optimizer steps (sft, rm) or updates (ppo) between checkpoints"
+        default=50, description="optimizer steps (sft, rm, dpo) or updates (ppo) between checkpoints"
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads; default: all cores. Bit-exact resume needs the same number"

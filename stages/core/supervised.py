@@ -1,4 +1,4 @@
-"""The frame of `sft` and `rm`: rows checked and encoded before, weights and figures published after."""
+"""The frame of `sft`, `rm` and `dpo`: rows checked and encoded before, weights and figures published after."""
 
 import shutil
 from collections.abc import Callable

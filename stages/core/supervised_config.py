@@ -1,4 +1,4 @@
-"""What `sft:` and `rm:` share: one pass over labelled rows, evaluated on a holdout. Imports no torch."""
+"""What `sft:`, `rm:` and `dpo:` share: one pass over labelled rows, evaluated on a holdout. Imports no torch."""
 
 from typing import Annotated, Literal, Self
 

@@ -75,7 +75,7 @@ def row_order(num_rows: int, *, section: SupervisedSection, seed: int) -> list[i
 
 
 def trl_options(section: SupervisedSection, shared: SharedConfig, *, folder: Path, steps: int) -> dict[str, Any]:
-    """The arguments that SFTConfig and RewardConfig take alike.
+    """The arguments that SFTConfig, RewardConfig and DPOConfig take alike.
 
     AdamW with betas 0.9 and 0.999, epsilon 1e-8 (Loshchilov & Hutter 2019, 1711.05101). Logging, evaluation, saving
     and shuffling are ours, so they are off here.
@@ -174,6 +174,10 @@ class StageTrainer(Trainer):
         """The holdout's figures by metric name, `eval/loss` among them; draws no random numbers."""
         raise NotImplementedError
 
+    def step_figures(self) -> dict[str, float]:
+        """More figures of the step just taken, by metric name; asked for once a step."""
+        return {}
+
     def holdout_passes(self) -> Iterator[Sequence[Any]]:
         """The holdout in pieces for one forward pass each."""
         size = self.run.context.config.rows_per_pass
@@ -233,6 +237,7 @@ class StageTrainer(Trainer):
             "grad_norm": logs["grad_norm"],
             "seconds": seconds,
             "throughput/tokens_per_s": (tokens - self._tokens_before) / seconds,
+            **self.step_figures(),
         }
         if run.holdout and (step % run.eval_every == 0 or step == run.steps):
             self.model.eval()  # each training step turns training mode on again

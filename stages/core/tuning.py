@@ -56,8 +56,9 @@ def tuned_model(source: ModelSource, *, head: Literal["lm", "score"], request: T
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Writes a model or its adapter the way from_pretrained reads it, safetensors only."""
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the base's vocabulary changed; ours never does.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        # "auto" would ask the hub whether the base's vocabulary changed; ours never does. A trainer may have put a
+        # reference adapter beside the one that trains.
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         _sort_names(folder / "adapter_config.json")
     else:

@@ -16,11 +16,13 @@ class EvalConfig(Section):
     prompts: Annotated[list[SourceConfig], Field(min_length=1)]
     policies: Annotated[dict[str, ConfigPath], Field(min_length=1)] = Field(
         {"sft": "stage:sft", "ppo": "stage:ppo"},
-        description="name -> stage, folder or hub id; the first is the reference",
+        description="name -> stage, folder or hub id; the first is the reference. With `dpo:` in the config, the "
+        "default is sft, dpo, and ppo where the config has it",
     )
     scores: dict[str, RewardConfig] = Field(
         {"score": RewardConfig(model="rm")},
-        description="column -> reward model or function; nothing is trained on them",
+        description="column -> reward model or function; nothing is trained on them. With `dpo:` and without `rm:` in "
+        "the config, the default is none",
     )
     pairs: list[SourceConfig] = Field([], description="preference pairs on which every reward model is checked")
     max_prompts: Annotated[int, Field(ge=1)] = 256

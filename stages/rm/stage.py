@@ -9,11 +9,12 @@ from data.artifacts import write_atomically
 from data.prepare import prepare_preferences
 from stages.core.context import StageContext, StageResult
 from stages.core.models import open_encoder, resolve_model
+from stages.core.pairs import measure
 from stages.core.supervised import encode_rows, publish, tuning_request
 from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
 from stages.core.tuning import tuned_model
 from stages.rm.config import RmConfig
-from stages.rm.trainer import RmTrainer, measure
+from stages.rm.trainer import RmTrainer
 
 
 def run(context: StageContext[RmConfig]) -> StageResult:

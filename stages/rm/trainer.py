@@ -14,18 +14,11 @@ from data.encoded import EncodedPreference
 from stages.core.calibration import JudgedPair, reward_figures
 from stages.core.models import backbone
 from stages.core.padding import pad_right
+from stages.core.pairs import judged_pairs, pair_samples
 from stages.core.sequences import PackedBatch
-from stages.core.trl_training import Microbatch, StageTrainer
+from stages.core.trl_training import StageTrainer
 from stages.core.tuning import inner_model
 from stages.rm.loss import preference_loss
-
-SAMPLED_PAIRS = 4  # shown in samples.jsonl at each evaluation
-
-
-def measure(rows: Sequence[EncodedPreference]) -> Microbatch[EncodedPreference]:
-    """The microbatch of these pairs."""
-    tokens = sum(len(row.chosen) + len(row.rejected) for row in rows)
-    return Microbatch(rows, tokens=tokens, weight=sum(row.weight for row in rows))
 
 
 def last_token_scores(
@@ -57,20 +50,6 @@ def last_token_scores(
             rows_B = torch.arange(len(sequences), device=device)
             last_BD = output.last_hidden_state[rows_B, mask_BS.sum(1) - 1]
     return inner.score(last_BD.float())[:, 0]
-
-
-def judged_pairs(scores_2B: tuple[Tensor, Tensor], rows: Sequence[EncodedPreference]) -> list[JudgedPair]:
-    """The pairs with their scores and response lengths, for the diagnostics."""
-    return [
-        JudgedPair(
-            chosen_score,
-            rejected_score,
-            chosen_tokens=len(row.chosen) - row.prompt_length,
-            rejected_tokens=len(row.rejected) - row.prompt_length,
-            p_chosen=row.p_chosen,
-        )
-        for chosen_score, rejected_score, row in zip(scores_2B[0].tolist(), scores_2B[1].tolist(), rows, strict=True)
-    ]
 
 
 def pair_losses(
@@ -117,25 +96,6 @@ class RmTrainer(StageTrainer, RewardTrainer):
             total += (losses_B * weight_B).sum().item()
             weight += weight_B.sum().item()
             pairs += judged_pairs(scores, rows)
-        self._log_samples(step, pairs)
+        self.run.context.metrics.samples(step, list(pair_samples(self.run.encoder, self.run.holdout, pairs)))
         figures = {f"eval/{name}": value for name, value in reward_figures(pairs).items()}
         return {"eval/loss": total / weight, **figures}
-
-    def _log_samples(self, step: int, pairs: Sequence[JudgedPair]) -> None:
-        encoder = self.run.encoder
-        for row, pair in zip(self.run.holdout[:SAMPLED_PAIRS], pairs, strict=False):
-            prompt = encoder.tokenizer.decode(row.chosen[: row.prompt_length], skip_special_tokens=True)
-            sides = [(row.chosen, pair.chosen_score, "chosen"), (row.rejected, pair.rejected_score, "rejected")]
-            self.run.context.metrics.samples(
-                step,
-                [
-                    {
-                        "prompt": prompt,
-                        "response": encoder.decode_response(tokens[row.prompt_length :]),
-                        "score": score,
-                        "label": label,
-                        "origin": row.origin,
-                    }
-                    for tokens, score, label in sides
-                ],
-            )

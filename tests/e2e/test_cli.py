@@ -18,7 +18,7 @@ from tests.tiny import tiny_model_folder
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 LAUNCH = Path(sys.executable).with_name("launch")
-COMMANDS = ("sft", "rm", "ppo", "run", "plan", "eval", "doctor", "init")
+COMMANDS = ("sft", "rm", "dpo", "ppo", "run", "plan", "eval", "doctor", "init")
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "pipeline.config")
 
 

@@ -1,4 +1,4 @@
-"""A killed or stopped run of sft and rm, resumed, ends with the same bytes and the same metrics as one left alone."""
+"""A killed or stopped run of sft, rm and dpo, resumed, ends with the bytes and metrics of one left alone."""
 
 import json
 import os
@@ -34,12 +34,14 @@ STEPS = 9
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base model and rows for both stages."""
+    """A base model and rows for each stage."""
     folder = tmp_path_factory.mktemp("inputs")
+    pairs = write_rows(folder / "pairs.jsonl", preferences(24))
     return {
         "source": tiny_model_folder(folder / "base"),
         "sft": write_rows(folder / "rows.jsonl", demonstrations(24)),
-        "rm": write_rows(folder / "pairs.jsonl", preferences(24)),
+        "rm": pairs,
+        "dpo": pairs,
     }
 
 
@@ -89,7 +91,7 @@ def outcome(folder: Path, stage: str) -> tuple[dict[str, Any], list[dict[str, An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_killed_runs_end_as_the_run_left_alone(tmp_path: Path, inputs: dict[str, Path], stage: str) -> None:
     what = case(inputs, stage, LORA)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -101,7 +103,7 @@ def test_killed_runs_end_as_the_run_left_alone(tmp_path: Path, inputs: dict[str,
     assert [line["step"] for line in outcome(whole, stage)[1]] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 @pytest.mark.parametrize("tuning", [LORA, {"method": "full"}], ids=["lora", "full"])
 def test_a_stopped_run_is_resumed_exactly(
     tmp_path: Path, inputs: dict[str, Path], stage: str, tuning: dict[str, Any]

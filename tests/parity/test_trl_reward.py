@@ -10,9 +10,10 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from data.encoded import EncodedPreference
+from stages.core.pairs import measure
 from stages.core.trl_training import trl_options
 from stages.rm.stage import build_trainer
-from stages.rm.trainer import RmTrainer, measure
+from stages.rm.trainer import RmTrainer
 from tests.parity.steps import assert_same_step, first_step, supervised_run
 from tests.supervised import stage_context, token_preferences
 from tests.tiny import tiny_model_folder

@@ -10,10 +10,10 @@ import torch
 from data.encoded import EncodedDemonstration
 from stages.core import attention
 from stages.core.padding import pad_right
+from stages.core.pairs import measure as measure_pairs
 from stages.core.supervised_config import SupervisedSection
 from stages.core.trl_training import row_order
 from stages.rm.trainer import last_token_scores
-from stages.rm.trainer import measure as measure_pairs
 from stages.sft.trainer import LossPlaces, measure, summed_nll
 from tests.supervised import token_demonstrations, token_preferences
 from tests.tiny import tiny_llama

@@ -1,0 +1,198 @@
+"""Log-probabilities of both responses under policy and reference, and their loss, inside TRL's DPOTrainer.
+
+Legend: B pairs, S longest, N packed tokens, M response tokens of all 2B sequences, D hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import DPOTrainer
+
+from data.encoded import EncodedPreference
+from data.errors import UserError
+from stages.core.calibration import reward_figures
+from stages.core.logprobs import token_logprobs
+from stages.core.models import backbone
+from stages.core.padding import pad_right
+from stages.core.pairs import judged_pairs, pair_samples
+from stages.core.sequences import PackedBatch, ResponseBatch
+from stages.core.trl_training import StageTrainer, SupervisedRun
+from stages.core.tuning import inner_model
+from stages.dpo.loss import LogRatios, dpo_loss, label_probability
+
+POLICY, REFERENCE = "default", "ref"  # the adapters, as peft and TRL name them
+PROBE = range(1, 9)  # tokens that show whether logits are the head's alone
+
+PairLogprobs = tuple[Tensor, Tensor]  # chosen_B and rejected_B, in nats, summed over the response
+
+
+def _inputs(packed: PackedBatch) -> dict[str, Any]:
+    """What a transformer is called with for packed sequences."""
+    return {
+        "input_ids": packed.tokens_1N,
+        "position_ids": packed.position_ids_1N,
+        "layout": packed.layout,
+        "use_cache": False,
+    }
+
+
+def pair_logprobs(
+    model: nn.Module,
+    rows: Sequence[EncodedPreference],
+    *,
+    packing: bool,
+    precision: AbstractContextManager[object] | None = None,
+) -> PairLogprobs:
+    """Log-probability of each pair's chosen and rejected response, from one forward pass over all 2B sequences.
+
+    Only response positions pass through the head. `precision` is the autocast context.
+    """
+    inner = inner_model(model)
+    device = next(model.parameters()).device
+    sequences = [row.chosen for row in rows] + [row.rejected for row in rows]
+    prompts = [row.prompt_length for row in rows] * 2
+    batch = ResponseBatch.of(
+        [tokens[:start] for tokens, start in zip(sequences, prompts, strict=True)],
+        [tokens[start:] for tokens, start in zip(sequences, prompts, strict=True)],
+        device,
+    )
+    with precision or nullcontext():
+        if packing:
+            hidden_ND = backbone(inner)(**_inputs(batch.packed)).last_hidden_state[0]
+        else:
+            tokens_BS, mask_BS = pad_right(sequences, device)
+            output = backbone(inner)(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
+            hidden_ND = output.last_hidden_state[mask_BS]
+        logprobs_M = token_logprobs(hidden_ND[batch.before_M], inner.get_output_embeddings(), batch.targets_M, 1.0)
+    chosen_B, rejected_B = torch.stack([part.sum() for part in logprobs_M.split(list(batch.lengths))]).chunk(2)
+    return chosen_B, rejected_B
+
+
+def check_head(model: nn.Module, *, packing: bool) -> None:
+    """Raises UserError where the model's logits are more than its head applied to the last hidden state."""
+    inner = inner_model(model)
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(PROBE)], device=device), "use_cache": False}
+    if packing:
+        inputs = _inputs(PackedBatch.of([list(PROBE)], device))
+    with torch.no_grad():
+        whole = inner(**inputs).logits
+        ours = inner.get_output_embeddings()(backbone(inner)(**inputs).last_hidden_state)
+    if not torch.allclose(whole.float(), ours.float(), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{type(inner).__name__}: its logits are scaled or capped after the head, which dpo does not support; "
+            "use another architecture"
+        )
+
+
+class DpoTrainer(StageTrainer, DPOTrainer):
+    """TRL's DPOTrainer with soft labels and weights: weighted mean over the whole batch.
+
+    TRL keeps the reference: an adapter called `ref`, copied from the policy's own before training, or the frozen model
+    it is given. A resumed run builds both anew from the policy that the stage starts from, and only then loads the
+    checkpoint, so the reference stays what it was. TRL also turns dropout off: the loss compares two models.
+    """
+
+    def __init__(self, *, run: SupervisedRun[EncodedPreference], **options: Any) -> None:
+        super().__init__(run=run, **options)
+        self._holdout_reference: list[PairLogprobs] = []
+        self._step_logprobs: list[PairLogprobs] = []
+        self._step_ratios: list[LogRatios] = []
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The frozen policy that training started from, for as long as the context lasts."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        self.model.set_adapter(REFERENCE)
+        try:
+            yield self.model
+        finally:
+            self.model.set_adapter(POLICY)  # trains again, and the reference does not
+
+    def logprobs(self, model: nn.Module, rows: Sequence[EncodedPreference]) -> PairLogprobs:
+        """Both responses' log-probabilities under a model, in the run's precision."""
+        packing = self.run.context.shared.packing
+        return pair_logprobs(model, rows, packing=packing, precision=self.accelerator.autocast())
+
+    @torch.no_grad()
+    def ref_logprobs(self, rows: Sequence[EncodedPreference]) -> PairLogprobs:
+        """Both responses' log-probabilities under the reference."""
+        with self.reference() as reference:
+            return self.logprobs(reference, rows)
+
+    def weighted_loss(self, ratios: LogRatios, rows: Sequence[EncodedPreference]) -> Tensor:
+        """Weighted sum of the pairs' losses."""
+        config = self.run.context.config
+
+        def column(values: Sequence[float]) -> Tensor:
+            return ratios.chosen_B.new_tensor(values)
+
+        losses_B = dpo_loss(
+            ratios,
+            (
+                column([len(row.chosen) - row.prompt_length for row in rows]),
+                column([len(row.rejected) - row.prompt_length for row in rows]),
+            ),
+            kind=config.loss,
+            beta=config.beta,
+            label_B=label_probability(
+                column([row.p_chosen for row in rows]),
+                label_smoothing=config.label_smoothing,
+                robust=config.loss == "robust",
+            ),
+        )
+        return (losses_B * column([row.weight for row in rows])).sum()
+
+    def summed_loss(self, model: nn.Module, rows: Sequence[EncodedPreference]) -> Tensor:
+        """Weighted sum of the pairs' losses. The reference goes first: switching adapters touches no graph then."""
+        reference = self.ref_logprobs(rows)
+        policy = self.logprobs(model, rows)
+        ratios = LogRatios(policy[0] - reference[0], policy[1] - reference[1])
+        self._step_logprobs.append((policy[0].detach(), policy[1].detach()))
+        self._step_ratios.append(LogRatios(ratios.chosen_B.detach(), ratios.rejected_B.detach()))
+        return self.weighted_loss(ratios, rows)
+
+    def step_figures(self) -> dict[str, float]:
+        """Means over the step's pairs, before its update: log-probabilities, implicit rewards, their margin."""
+        figures = pair_figures(self._step_logprobs, self._step_ratios, beta=self.run.context.config.beta)
+        self._step_logprobs, self._step_ratios = [], []
+        return figures
+
+    def holdout_figures(self, step: int) -> dict[str, float]:
+        """The training loss on the holdout, and what `stages.core.calibration` says of the implicit rewards."""
+        config, passes = self.run.context.config, list(self.holdout_passes())
+        self._holdout_reference = self._holdout_reference or [self.ref_logprobs(rows) for rows in passes]
+        policy = [self.logprobs(self.model, rows) for rows in passes]
+        ratios = [
+            LogRatios(ours[0] - theirs[0], ours[1] - theirs[1])
+            for ours, theirs in zip(policy, self._holdout_reference, strict=True)
+        ]
+        loss = sum(self.weighted_loss(each, rows).item() for each, rows in zip(ratios, passes, strict=True))
+        pairs = [
+            pair
+            for each, rows in zip(ratios, passes, strict=True)
+            for pair in judged_pairs((config.beta * each.chosen_B, config.beta * each.rejected_B), rows)
+        ]
+        self.run.context.metrics.samples(step, list(pair_samples(self.run.encoder, self.run.holdout, pairs)))
+        figures = pair_figures(policy, ratios, beta=config.beta) | reward_figures(pairs)
+        weight = sum(row.weight for row in self.run.holdout)
+        return {"eval/loss": loss / weight, **{f"eval/{name}": value for name, value in figures.items()}}
+
+
+def pair_figures(logprobs: Sequence[PairLogprobs], ratios: Sequence[LogRatios], *, beta: float) -> dict[str, float]:
+    """Means over pairs: log-probabilities in nats a response, and beta times the log-ratios, DPO's implicit rewards."""
+    chosen_B, rejected_B = (torch.cat(side).double() for side in zip(*logprobs, strict=True))
+    chosen_reward_B = beta * torch.cat([each.chosen_B for each in ratios]).double()
+    rejected_reward_B = beta * torch.cat([each.rejected_B for each in ratios]).double()
+    return {
+        "logprobs/chosen": chosen_B.mean().item(),
+        "logprobs/rejected": rejected_B.mean().item(),
+        "rewards/chosen": chosen_reward_B.mean().item(),
+        "rewards/rejected": rejected_reward_B.mean().item(),
+        "rewards/margin": (chosen_reward_B - rejected_reward_B).mean().item(),
+    }
