@@ -21,7 +21,7 @@ def token_rewards(score_B: Tensor, kl_BR: Tensor, mask_BR: Tensor, kl_coef: floa
 
     Their sum over a response is score - kl_coef * KL. The end token is part of the response and carries the score. TRL
     1.12 gives an ended response one slot more, after the end token, for the score and for a value of its own; where the
-    tokenizer pads with the end token, that slot is the end token's and no loss reaches it.
+    tokenizer pads with the end token, that slot is the end token's own, and the policy is never trained to say it.
     """
     reward_BR = torch.where(mask_BR, -kl_coef * kl_BR, 0.0)
     last_B = mask_BR.sum(1) - 1

@@ -277,7 +277,7 @@ def test_trls_means_of_ratio_and_kl_count_padding_and_unused_places(runs: dict[s
 
 @of_case("padding is the end token")
 def test_trl_does_not_learn_to_end_where_padding_is_the_end_token(run: Run) -> None:
-    """The end token is padding to it: in no loss, and the slot after the response, which carries the score."""
+    """The end token is padding to it: in no policy loss, and the slot after the response, which carries the score."""
     tokens_BR, mask_BR = run.tensors["responses"], run.mask_BR
     end_BR = tokens_BR == 1
     assert end_BR.any()
