@@ -5,7 +5,7 @@ AttentionInterface, so any model that passes keyword arguments down to its atten
 documents travels as the keyword `layout`. In decoding, the same function reads and extends a key/value cache, so a
 step costs one token per unfinished response.
 
-Legend: B documents, N packed tokens, L longest document, H heads, G key/value heads, E head size, C cache capacity.
+Legend: B documents, N packed tokens, L longest document, H heads, G key/value heads, E head size.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from data.errors import UserError
+from stages.core.kv_cache import DecodeStep, KvCache
 
 NAME = "packed"
 # A document shorter than this share of its bucket's longest opens a new bucket: padding at most doubles attention.
@@ -32,44 +33,14 @@ class Bucket:
     slots_M: Tensor  # where each stands in the padded, flattened documents x longest
 
 
-class KvCache:
-    """Keys and values of B unfinished sequences, one pair of tensors a layer, right-padded to a fixed capacity."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.keys: dict[int, Tensor] = {}  # layer -> BGCE
-        self.values: dict[int, Tensor] = {}
-        self.lengths_B = torch.empty(0, dtype=torch.long)
-
-    def fill(self, layer: int, keys_BGLE: Tensor, values_BGLE: Tensor) -> None:
-        """Stores a layer's keys and values of the prompts."""
-        batch, groups, longest, size = keys_BGLE.shape
-        for store, new in ((self.keys, keys_BGLE), (self.values, values_BGLE)):
-            store[layer] = new.new_zeros(batch, groups, self.capacity, size)
-            store[layer][:, :, :longest] = new
-
-    def append(self, layer: int, keys_BGE: Tensor, values_BGE: Tensor) -> None:
-        """Stores one more token a sequence, at `lengths_B`."""
-        rows_B = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
-        self.keys[layer][rows_B, :, self.lengths_B] = keys_BGE
-        self.values[layer][rows_B, :, self.lengths_B] = values_BGE
-
-    def select(self, rows_B: Tensor) -> None:
-        """Keeps the sequences in `rows_B`, in that order; a row may be named several times."""
-        for store in (self.keys, self.values):
-            for layer, tensor in store.items():
-                store[layer] = tensor.index_select(0, rows_B)
-        self.lengths_B = self.lengths_B.index_select(0, rows_B)
-
-
 @dataclass(frozen=True)
 class Layout:
     """How N packed tokens divide into documents; with a cache, what of it to write and read."""
 
     buckets: tuple[Bucket, ...] = ()
     restore_N: Tensor | None = None  # undoes the buckets' order; None where there is one bucket
-    cache: KvCache | None = None
-    decoding: bool = False  # one new token for each sequence in the cache
+    fills: KvCache | None = None  # a prefill: keys and values go there
+    step: DecodeStep | None = None  # one new token for each sequence of a cache, instead of documents
 
 
 def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | None = None) -> Layout:
@@ -96,12 +67,12 @@ def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | N
         restore_N = torch.cat([bucket.tokens_M for bucket in buckets]).argsort()
     if cache is not None:
         cache.lengths_B = lengths_B.to(device)
-    return Layout(tuple(buckets), restore_N, cache)
+    return Layout(tuple(buckets), restore_N, fills=cache)
 
 
 def decode_layout(cache: KvCache) -> Layout:
     """The layout of one decoding step: token b continues sequence b of the cache."""
-    return Layout(cache=cache, decoding=True)
+    return Layout(step=DecodeStep(cache))
 
 
 def _padded(bucket: Bucket, packed_NHE: Tensor, whole: bool) -> Tensor:
@@ -135,8 +106,8 @@ def _attend_documents(
     outputs: list[Tensor] = []
     for bucket in layout.buckets:
         query, key, value = (_padded(bucket, each, len(layout.buckets) == 1) for each in packed)
-        if layout.cache is not None:
-            layout.cache.fill(layer, key, value)
+        if layout.fills is not None:
+            layout.fills.fill(layer, key, value)
         mask = _window_mask(query.shape[2], window, query.device)
         out_BHLE = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -148,26 +119,21 @@ def _attend_documents(
 
 
 def _attend_cache(
-    cache: KvCache, new: tuple[Tensor, Tensor, Tensor], *, layer: int, scale: float | None, window: int | None
+    step: DecodeStep, new: tuple[Tensor, Tensor, Tensor], *, layer: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """Attention of each sequence's newest token over its cache; returns BHE. Reads lengths_B, does not advance it."""
+    """Attention of each sequence's newest token over its cache; returns BHE."""
     query_BHE, key_BGE, value_BGE = new
-    cache.append(layer, key_BGE, value_BGE)
-    used = int(cache.lengths_B.max()) + 1
-    place_C = torch.arange(used, device=query_BHE.device)
-    visible_BC = place_C <= cache.lengths_B[:, None]
-    if window is not None:
-        visible_BC &= place_C > cache.lengths_B[:, None] - window
-    # The heads that share a key/value head are laid out as queries: no repeated keys.
+    keys_BGUE, values_BGUE = step.extend(layer, key_BGE, value_BGE)
     batch, groups, size = key_BGE.shape
+    # The heads that share a key/value head are laid out as queries: no repeated keys.
     out = scaled_dot_product_attention(
         query_BHE.view(batch, groups, -1, size),
-        cache.keys[layer][:, :, :used],
-        cache.values[layer][:, :, :used],
-        attn_mask=visible_BC[:, None, None, :],
+        keys_BGUE,
+        values_BGUE,
+        attn_mask=step.bias(window, query_BHE.dtype),
         scale=scale,
     )
-    return out.reshape(batch, -1, out.shape[-1])
+    return out.reshape(batch, -1, size)
 
 
 def packed_attention(
@@ -196,9 +162,8 @@ def packed_attention(
     upcast = query.device.type == "cpu" and query.dtype == torch.bfloat16
     packed = tuple(each[0].transpose(0, 1).to(torch.float32 if upcast else each.dtype) for each in (query, key, value))
     scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)
-    if layout.decoding:
-        assert layout.cache is not None
-        out = _attend_cache(layout.cache, packed, layer=layer, scale=scale, window=window)
+    if layout.step is not None:
+        out = _attend_cache(layout.step, packed, layer=layer, scale=scale, window=window)
     else:
         dropout = float(options.get("dropout") or 0.0)
         out = _attend_documents(layout, packed, layer=layer, scale=scale, dropout=dropout, window=window)

@@ -121,7 +121,7 @@ class PolicyBank:
 
     def _values(self, hidden_MD: Tensor) -> Tensor:
         assert self.value_head is not None
-        return self.value_head(hidden_MD.to(self.value_head.weight.dtype))[:, 0]
+        return read_values(self.value_head, hidden_MD)
 
     def save_policy(self, folder: Path) -> None:
         """Writes the policy in PEFT or Hugging Face format."""
@@ -138,6 +138,11 @@ class PolicyBank:
         if self.value is not None:
             parts["value"] = self.value.parameters()
         return {f"{part}.{place}": each for part, group in parts.items() for place, each in enumerate(group)}
+
+
+def read_values(head: nn.Linear, hidden_MD: Tensor) -> Tensor:
+    """A critic's values M of hidden states, in the head's own precision."""
+    return head(hidden_MD.to(head.weight.dtype))[:, 0]
 
 
 @dataclass

@@ -42,6 +42,13 @@ class Responses:
         """Log-probabilities M at sampling time."""
         return torch.tensor([logprob for completion in self.completions for logprob in completion.logprobs])
 
+    def values(self) -> Tensor | None:
+        """The critic's values M as read while decoding, or None where the engine read none."""
+        values = [completion.values for completion in self.completions]
+        if any(each is None for each in values):
+            return None
+        return torch.tensor([value for each in values if each is not None for value in each])
+
     def batch(self, rows: Sequence[int], device: torch.device) -> ResponseBatch:
         """The rows' prompts and responses, packed."""
         prompts = [self.prompts[row].tokens for row in rows]

@@ -108,11 +108,14 @@ class Collector:
         """The critic's values BR, and B what it expects after each response's last token.
 
         0 after a response that ended by itself. After one that was cut off, the value of the state that its last token
-        leads to where `bootstrap_truncated` is on, else 0 too.
+        leads to where `bootstrap_truncated` is on, else 0 too. Values that the rollout read are not computed again.
         """
         values: list[Tensor] = []
         after_B = torch.zeros(len(mask_BR))
-        if self.config.bootstrap_truncated:
+        read_M = responses.values()
+        if read_M is not None and not self.config.bootstrap_truncated:
+            values = [read_M]
+        elif self.config.bootstrap_truncated:
             after: list[Tensor] = []
             for batch in self._batches(responses):
                 values_M, end_B = self.bank.values_and_after(batch)

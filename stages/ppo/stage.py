@@ -84,7 +84,8 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
         reward = reward_models[0] if reward_models else None
         builder.add_critic(bank, config.critic, tuning, reward, init=config.value_init)
     ends = end_tokens(encoder, bank.policy.trunk.model)
-    engine = NativeEngine(bank.policy.trunk, bank.policy.adapter)
+    shared_head = bank.value_head if bank.value is None else None
+    engine = NativeEngine(bank.policy.trunk, bank.policy.adapter, value_head=shared_head)
     sampling = Sampling(config.response_length, config.rollout.temperature, ends)
     sampler = Sampler(engine, encoder, sampling, shared.seed)
     collector = Collector(bank, sampler, scorer, config, builder.device)

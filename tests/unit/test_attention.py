@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from data.errors import UserError
 from stages.core import attention
-from stages.core.attention import KvCache, decode_layout, pack_layout
+from stages.core.attention import decode_layout, pack_layout
+from stages.core.kv_cache import KvCache
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral

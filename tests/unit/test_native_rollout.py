@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.core import attention
-from stages.core.attention import KvCache
+from stages.core.kv_cache import KvCache
 from stages.core.config import Tuning
 from stages.core.logprobs import token_logprobs
 from stages.core.models import lora_config
@@ -215,3 +215,20 @@ def test_rollout_seeds_differ_in_every_part_and_never_change() -> None:
     }
     assert len(seeds) == 3 * 2 * 12 * 12 * 3
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_values_read_while_decoding_are_those_of_a_pass_over_the_response(trunk: Trunk) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(trunk.width, 1)
+    options = sampling(max_new_tokens=16, ends=(1, 2, 3, 4))
+    seeds = seeds_for(len(PROMPTS), samples=3)
+    grouped = NativeEngine(trunk, None, value_head=head).generate(PROMPTS, options, seeds)
+    plain = NativeEngine(trunk, None).generate(PROMPTS, options, seeds)
+    for prompt, completions, without in zip(PROMPTS, grouped, plain, strict=True):
+        for completion, other in zip(completions, without, strict=True):
+            assert (completion.tokens, completion.logprobs) == (other.tokens, other.logprobs)
+            assert other.values is None
+            assert completion.values is not None
+            batch = ResponseBatch.of([prompt], [completion.tokens], CPU)
+            expected_M = head(trunk.hidden(batch.packed, None)[batch.before_M])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.values), expected_M.detach(), rtol=1e-4, atol=1e-5)

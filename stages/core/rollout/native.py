@@ -6,12 +6,15 @@ response: finished ones leave the cache.
 Legend: B unfinished responses, V vocabulary, R most new tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages.core.attention import KvCache, decode_layout, pack_layout
+from stages.core.attention import decode_layout, pack_layout
+from stages.core.bank import read_values
+from stages.core.kv_cache import KvCache
 from stages.core.rollout.protocol import Completion, Sampling
 from stages.core.sequences import PackedBatch, split_by_budget
 from stages.core.trunk import Trunk
@@ -21,11 +24,18 @@ COMPACT_SHARE = 0.125
 
 
 class NativeEngine:
-    """Samples from a trunk under one of its adapters."""
+    """Samples from a trunk under one of its adapters.
 
-    def __init__(self, trunk: Trunk, adapter: str | None, *, batch_size: int = 256) -> None:
+    With `value_head`, a critic's head on the policy's own hidden states, completions carry its values: the decoding
+    step has those states at hand, so the critic costs no pass of its own.
+    """
+
+    def __init__(
+        self, trunk: Trunk, adapter: str | None, *, value_head: nn.Linear | None = None, batch_size: int = 256
+    ) -> None:
         self.trunk = trunk
         self.adapter = adapter
+        self.value_head = value_head
         self.batch_size = batch_size
 
     @torch.no_grad()
@@ -55,39 +65,26 @@ class NativeEngine:
         cache.select(owner_B)
         flat_seeds = [seed for own in seeds for seed in own]
         uniforms_BR = _uniforms(flat_seeds, sampling.max_new_tokens).to(device)
-        tokens_BR, logprobs_BR, lengths_B, finished_B = self._decode(
-            cache, hidden_ND[packed.last_B][owner_B], uniforms_BR, sampling
-        )
+        decoded = self._decode(cache, hidden_ND[packed.last_B][owner_B], uniforms_BR, sampling)
         completions: list[list[Completion]] = [[] for _ in prompts]
-        rows = zip(
-            owners, tokens_BR.tolist(), logprobs_BR.tolist(), lengths_B.tolist(), finished_B.tolist(), strict=True
-        )
-        for owner, tokens, logprobs, length, finished in rows:
-            completions[owner].append(Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished))
+        for owner, completion in zip(owners, decoded.completions(), strict=True):
+            completions[owner].append(completion)
         return completions
 
-    def _decode(
-        self, cache: KvCache, hidden_BD: Tensor, uniforms_BR: Tensor, sampling: Sampling
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sampled tokens BR, their log-probabilities BR, lengths B and whether each ended B."""
-        batch, steps = uniforms_BR.shape
-        device = uniforms_BR.device
-        tokens_BR = torch.zeros(batch, steps, dtype=torch.long, device=device)
-        logprobs_BR = torch.zeros(batch, steps, device=device)
-        lengths_B = torch.full((batch,), steps, device=device)
-        finished_B = torch.zeros(batch, dtype=torch.bool, device=device)
-        ends = torch.tensor(sampling.end_token_ids, device=device)
-        rows_B = torch.arange(batch, device=device)  # which response each live row of the cache is
+    def _decode(self, cache: KvCache, hidden_BD: Tensor, uniforms_BR: Tensor, sampling: Sampling) -> "Decoded":
+        """Samples every sequence of the cache to its end; `hidden_BD` is of each prompt's last token."""
+        decoded = Decoded.empty(uniforms_BR, with_values=self.value_head is not None)
+        ends = torch.tensor(sampling.end_token_ids, device=uniforms_BR.device)
+        steps = uniforms_BR.shape[1]
+        rows_B = torch.arange(len(uniforms_BR), device=uniforms_BR.device)  # the response of each live row of the cache
         for step in range(steps):
-            logits_BV = self.trunk.lm_head(hidden_BD).float() / sampling.temperature
+            logits_BV = self.trunk.lm_head(hidden_BD).float()
+            if sampling.temperature != 1:
+                logits_BV = logits_BV / sampling.temperature
             token_B, logprob_B = sample_tokens(logits_BV, uniforms_BR[rows_B, step])
-            live_B = ~finished_B[rows_B]
-            tokens_BR[rows_B, step] = torch.where(live_B, token_B, 0)
-            logprobs_BR[rows_B, step] = torch.where(live_B, logprob_B, 0.0)
-            ended_B = torch.isin(token_B, ends) & live_B
-            lengths_B[rows_B[ended_B]] = step + 1
-            finished_B[rows_B[ended_B]] = True
-            keep = (live_B & ~ended_B).nonzero()[:, 0]
+            values_B = None if self.value_head is None else read_values(self.value_head, hidden_BD)
+            ended_B = decoded.record(step, rows_B, (token_B, logprob_B, values_B), torch.isin(token_B, ends))
+            keep = (~ended_B).nonzero()[:, 0]
             if len(keep) == 0 or step == steps - 1:
                 break
             if len(keep) <= (1 - COMPACT_SHARE) * len(rows_B):
@@ -95,7 +92,60 @@ class NativeEngine:
                 rows_B, token_B = rows_B[keep], token_B[keep]
             hidden_BD = self.trunk.step(token_B[None], cache.lengths_B[None], decode_layout(cache), self.adapter)
             cache.lengths_B = cache.lengths_B + 1
-        return tokens_BR, logprobs_BR, lengths_B, finished_B
+        return decoded
+
+
+@dataclass
+class Decoded:
+    """What has been sampled so far of B responses; R the most new tokens."""
+
+    tokens_BR: Tensor
+    logprobs_BR: Tensor
+    values_BR: Tensor | None
+    lengths_B: Tensor
+    finished_B: Tensor
+
+    @classmethod
+    def empty(cls, like_BR: Tensor, *, with_values: bool) -> "Decoded":
+        """Nothing sampled yet."""
+        device, (batch, steps) = like_BR.device, like_BR.shape
+        return cls(
+            tokens_BR=torch.zeros(batch, steps, dtype=torch.long, device=device),
+            logprobs_BR=torch.zeros_like(like_BR),
+            values_BR=torch.zeros_like(like_BR) if with_values else None,
+            lengths_B=torch.zeros(batch, dtype=torch.long, device=device),
+            finished_B=torch.zeros(batch, dtype=torch.bool, device=device),
+        )
+
+    def record(
+        self, step: int, rows_B: Tensor, sampled: tuple[Tensor, Tensor, Tensor | None], is_end_B: Tensor
+    ) -> Tensor:
+        """Notes one step of the responses `rows_B`, of which some ended before; which have ended now."""
+        token_B, logprob_B, values_B = sampled
+        live_B = ~self.finished_B[rows_B]
+        live_rows = rows_B[live_B]
+        self.tokens_BR[live_rows, step] = token_B[live_B]
+        self.logprobs_BR[live_rows, step] = logprob_B[live_B]
+        if self.values_BR is not None and values_B is not None:
+            self.values_BR[live_rows, step] = values_B[live_B]
+        self.lengths_B[live_rows] = step + 1
+        self.finished_B[live_rows] = is_end_B[live_B]
+        return self.finished_B[rows_B]
+
+    def completions(self) -> Iterator[Completion]:
+        """Each response, cut to its length."""
+        values = [None] * len(self.lengths_B) if self.values_BR is None else self.values_BR.tolist()
+        rows = zip(
+            self.tokens_BR.tolist(),
+            self.logprobs_BR.tolist(),
+            self.lengths_B.tolist(),
+            self.finished_B.tolist(),
+            values,
+            strict=True,
+        )
+        for tokens, logprobs, length, finished, own in rows:
+            read = None if own is None else tuple(own[:length])
+            yield Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished, read)
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +153,14 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]
 
     The uniform number decides, not a generator shared by the batch; it never picks a token of probability zero.
     """
-    logprobs_BV = logits_BV.log_softmax(1)
-    cumulative_BV = logprobs_BV.exp().cumsum(1)
-    target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
-    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
-    # Rounding can carry the target to the very end: the last token with any probability is meant then.
-    token_B = torch.minimum(token_B, (cumulative_BV < cumulative_BV[:, -1:]).sum(1))
-    return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0]
+    highest_B = logits_BV.amax(1)
+    cumulative_BV = (logits_BV - highest_B[:, None]).exp_().cumsum(1)
+    total_B = cumulative_BV[:, -1]
+    # Rounding can carry the target to the very end, where no token lies beyond it.
+    below_B = torch.nextafter(total_B, torch.zeros_like(total_B))
+    target_B = torch.minimum(uniform_B * total_B, below_B)
+    token_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+    return token_B, logits_BV.gather(1, token_B[:, None])[:, 0] - highest_B - total_B.log()
 
 
 def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:

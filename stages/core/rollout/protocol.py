@@ -22,6 +22,7 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool  # False: cut at max_new_tokens
+    values: tuple[float, ...] | None = None  # a critic's, of the state before each token, where the engine read them
 
 
 class RolloutEngine(Protocol):
