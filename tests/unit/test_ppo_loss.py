@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.core.ops import kl_estimate
 from stages.ppo.loss import policy_loss, value_loss
 
 CLIP = 0.2
@@ -160,3 +161,23 @@ def test_no_tokens_cost_nothing(loss: object) -> None:
     total = loss(nothing, nothing.detach(), nothing.detach(), CLIP)  # type: ignore[operator]
     total.backward()
     assert total.item() == 0.0
+
+
+def test_what_each_kl_estimator_pulls_towards_in_the_loss() -> None:
+    """The policy's expectation of d estimate / d logits: nothing for k1, KL(pi || ref) for k2, KL(ref || pi) for k3."""
+    torch.manual_seed(0)
+    logits_V = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    ref_V = torch.randn(5, dtype=torch.float64).log_softmax(0)
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, logits_V)[0]
+
+    def expected(estimator: str) -> Tensor:
+        policy_V = logits_V.log_softmax(0)
+        return gradient((policy_V.detach().exp() * kl_estimate(policy_V, ref_V, estimator)).sum())
+
+    policy_V = logits_V.log_softmax(0)
+    torch.testing.assert_close(expected("k1"), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(expected("k2"), gradient((policy_V.exp() * (policy_V - ref_V)).sum()))
+    policy_V = logits_V.log_softmax(0)
+    torch.testing.assert_close(expected("k3"), gradient((ref_V.exp() * (ref_V - policy_V)).sum()))
