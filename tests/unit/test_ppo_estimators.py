@@ -66,8 +66,8 @@ def test_the_reward_of_a_response_is_the_sum_over_its_tokens(name: str) -> None:
 
 
 def test_reinforce_plus_plus_by_hand() -> None:
-    # gamma = 1/2. Rewards 1, 2, 4: to go 1 + 3/2 + ... = 4 + 0, 2 + 4/2 = 4, 1 + 4/2 = 3. Reward 5: 5.
-    # All four: 3, 4, 4, 5; mean 4, variance (1 + 0 + 0 + 1) / 3.
+    # gamma = 1/2. Rewards 1, 2, 4: to go from the end 4, 2 + 4/2 = 4, 1 + 4/2 = 3. Reward 5: 5.
+    # All four: 3, 4, 4, 5; mean 4, variance (1 + 0 + 0 + 1) / (4 - 1).
     reward_BR = torch.tensor([[1.0, 2.0, 4.0], [5.0, 0.0, 0.0]])
     mask_BR = torch.tensor([[True, True, True], [True, False, False]])
     side = math.sqrt(1.5)
@@ -81,7 +81,8 @@ def test_reinforce_plus_plus_by_hand() -> None:
 @pytest.mark.parametrize("samples", [2, 3])
 @pytest.mark.parametrize("name", GROUPED)
 def test_equal_rewards_give_no_advantage_at_all(name: str, samples: int) -> None:
-    # Neither is a float32 mean of three 0.7 always 0.7, nor is the deviation of a rounding error far from it.
+    # The float32 mean of three equal rewards need not be that reward, and a rounding error over its own deviation is
+    # no small advantage.
     for reward in (0.7, -0.1, 1e6 + 0.1):
         assert not bool(
             GROUPED[name](samples)(
