@@ -9,7 +9,7 @@ INDEX_cpu := --extra-index-url https://download.pytorch.org/whl/cpu
 # The last TRL with a PPO trainer, beside the installed one: tests/parity and benchmarks/ppo.py compare with it.
 PEERS := .peers/trl-1.12
 
-.PHONY: install check test soak parity e2e demo peers
+.PHONY: install check test soak parity e2e mutants demo peers
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ parity: install peers
 
 e2e: install
 	$(BIN)/pytest tests/e2e tests/faults
+
+mutants: install
+	$(BIN)/python -m tests.mutations.run
 
 demo: install
 	$(BIN)/launch run quickstart

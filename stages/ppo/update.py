@@ -148,8 +148,8 @@ class Updater:
             assert experience.returns_BR is not None
             values_M, returns_M = sampled(experience.values_BR), sampled(experience.returns_BR)
             loss_value = value_loss(chosen.values_M.float(), values_M, returns_M, self.config.value_clip_range)
-            terms["value/loss"] = (self.config.value_coef, loss_value)
-            weighted.append(self.config.value_coef * loss_value)
+            terms["value/loss"] = (self.config.value_weight, loss_value)
+            weighted.append(self.config.value_weight * loss_value)
         loss = torch.stack(weighted).sum()
         part = {"loss": loss} | {name: term for name, (_, term) in terms.items()}
         part |= self._ratio_figures(chosen.logprobs_M.detach(), logprobs_M)

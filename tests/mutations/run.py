@@ -208,27 +208,24 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies = [copy_project(Path(folder) / f"copy-{place}" / "project") for place in range(options.jobs)]
         stale = stale_entries(mutants, copies[0])
-        if stale:
-            print("\n".join(stale))
-            return 1
+        fitting = [mutant for mutant in mutants if mutant not in [each.mutant for each in stale]]
         print(f"{len(mutants)} mutants; first their tests on the project as it stands", flush=True)
-        if failure := check_tests(copies[0], mutants):
+        if failure := check_tests(copies[0], fitting):
             print(f"the tests must pass before a mutant is made: {failure}")
             return 1
-        verdicts = run_all(mutants, copies)
+        verdicts = stale + run_all(fitting, copies)
     return summary(verdicts)
 
 
-def stale_entries(mutants: Iterable[Mutant], root: Path) -> list[str]:
-    """One line for each mutant whose text does not occur exactly once in its file."""
-    problems: list[str] = []
+def stale_entries(mutants: Iterable[Mutant], root: Path) -> list[Verdict]:
+    """A verdict for each mutant whose text does not occur exactly once in its file."""
+    stale: list[Verdict] = []
     for mutant in mutants:
-        path = root / mutant.file
         try:
-            mutant.apply(path.read_text(encoding="utf-8"))
+            mutant.apply((root / mutant.file).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
-    return problems
+            stale.append(Verdict(mutant, "broken", str(error), 0.0))
+    return stale
 
 
 def summary(verdicts: Sequence[Verdict]) -> int:

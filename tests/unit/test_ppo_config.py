@@ -104,3 +104,14 @@ def test_a_narrower_upper_clip_is_allowed() -> None:
 )
 def test_values_out_of_range_are_one_line(change: dict[str, object], line: str) -> None:
     assert problem(**change) == line
+
+
+def test_the_value_loss_weighs_by_the_critic_unless_a_weight_is_given() -> None:
+    def weight(**ppo: object) -> float:
+        config = run_config(**ppo).ppo
+        assert config is not None
+        return config.value_weight
+
+    assert [weight(critic=critic) for critic in ("adapter", "model", "shared")] == [0.1, 0.1, 1.0]
+    assert [weight(critic=critic, value_coef=0.3) for critic in ("adapter", "shared")] == [0.3, 0.3]
+    assert weight(value_coef=0) == 0

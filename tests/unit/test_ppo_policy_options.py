@@ -119,7 +119,7 @@ def test_each_option_changes_the_gradient_as_defined(base: Path, critic: str, ch
 def test_kl_in_the_loss_pulls_each_token_by_its_slope(base: Path, estimator: str, slope: object) -> None:
     """With nothing else in the loss its gradient is beta * mean of f'(d) * grad log pi, d = log pi - log pi_ref."""
     bank = make_bank(base, None)
-    config = ppo_config(advantage="reinforce++", value_coef=0.1, kl={"place": "loss", "estimator": estimator})
+    config = ppo_config(advantage="reinforce++", value_coef=None, kl={"place": "loss", "estimator": estimator})
     experience = make_experience(bank, base, config)
     experience = replace(experience, advantages_BR=torch.zeros_like(experience.advantages_BR))
     figures = still_updater(bank, config).update(experience, 1, KL_COEF)
@@ -145,7 +145,7 @@ def test_kl_in_the_reward_is_no_part_of_the_loss(base: Path) -> None:
 
 def test_an_entropy_bonus_raises_the_entropy(base: Path) -> None:
     bank = make_bank(base, None)
-    config = ppo_config(advantage="reinforce++", value_coef=0.1, entropy_coef=1.0, epochs=3, learning_rate=1e-3)
+    config = ppo_config(advantage="reinforce++", value_coef=None, entropy_coef=1.0, epochs=3, learning_rate=1e-3)
     experience = make_experience(bank, base, config)
     experience = replace(experience, advantages_BR=torch.zeros_like(experience.advantages_BR))
     updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
@@ -168,7 +168,7 @@ def test_the_clip_fraction_counts_both_sides(base: Path) -> None:
 @pytest.mark.parametrize("critic", ["shared", "adapter", None])
 def test_filtered_responses_have_no_effect(base: Path, critic: str | None) -> None:
     """Bit for bit whatever stands in them, and the same gradients as if they had never been sampled."""
-    change = {"advantage": "reinforce++", "value_coef": 0.1} if critic is None else {"value_clip_range": None}
+    change = {"advantage": "reinforce++", "value_coef": None} if critic is None else {"value_clip_range": None}
     options = {name: value for name, value in TOGETHER.items() if name != "value_clip_range"}
     bank, config = make_bank(base, critic), ppo_config(**options | change)
     experience = filtered(moved_policy(make_experience(bank, base, config)), [2, 5])
@@ -264,7 +264,7 @@ def test_a_bound_that_is_never_reached_changes_nothing(base: Path) -> None:
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
 def test_without_a_critic_only_the_policy_trains(base: Path, method: str, advantage: str) -> None:
     bank = make_bank(base, None, method)
-    config = ppo_config(advantage=advantage, samples_per_prompt=2, value_coef=0.1)
+    config = ppo_config(advantage=advantage, samples_per_prompt=2, value_coef=None)
     experience = moved_policy(make_experience(bank, base, config))
     assert bank.value_head is None
     assert bank.outputs(experience.responses.batch([0], CPU)).values_M is None
