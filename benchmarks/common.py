@@ -19,6 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TRL_PPO = ROOT / ".peers" / "trl-1.12"
+MODELS = (
+    *("stories3M-llama", "stories260K-llama", "random-tiny"),
+    *("random-35m", "random-90m", "random-0.5b", "random-1.5b"),
+)
 PRESSURE_LIMIT = 1.0  # avg10 of /proc/pressure/cpu, in percent
 OTHERS_LIMIT = 0.05  # cores that other processes may keep busy while one is measured
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -222,6 +226,19 @@ def best_peaks(runs: Iterable[Run]) -> dict[str, float]:
     """The highest of each peak over all processes: what the machine can do when nothing disturbs it."""
     found = [run.output["peaks"] for run in runs]
     return {name: max(peaks[name] for peaks in found) for name in found[0]}
+
+
+def peaks_line(peaks: Mapping[str, float]) -> str:
+    """The peaks in words."""
+    return (
+        f"peaks {peaks['float32'] / 1e9:.0f} fp32, {peaks['bfloat16'] / 1e9:.0f} bf16 GFLOP/s, "
+        f"copy {peaks['copy'] / 1e9:.0f} GB/s"
+    )
+
+
+def kept(runs: Sequence[Run]) -> list[dict[str, float]]:
+    """All updates of an arm but the first of each process."""
+    return [update for run in runs for update in run.output["updates"][1:]]
 
 
 def resident_peak() -> float:

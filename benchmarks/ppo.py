@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    MODELS,
     TRL_PPO,
     Run,
     Worker,
@@ -23,7 +24,9 @@ from benchmarks.common import (
     alternate,
     best_peaks,
     disturbance,
+    kept,
     machine,
+    peaks_line,
     run_plain,
     spread,
     table,
@@ -32,15 +35,6 @@ from benchmarks.common import (
 from benchmarks.floors import Shape, Tokens, phase_floors
 
 PHASES = ("rollout", "scoring", "update", "other")
-MODELS = (
-    "stories3M-llama",
-    "stories260K-llama",
-    "random-tiny",
-    "random-35m",
-    "random-90m",
-    "random-0.5b",
-    "random-1.5b",
-)
 SCORE_WINDOW = 3  # updates whose mean score must reach --until-score
 
 
@@ -141,11 +135,6 @@ def worker(options: argparse.Namespace, arm_name: str, repeat: int, workload: Pa
     return Worker(module, spec, python_path=TRL_PPO if arm["contestant"] == "trl" else None)
 
 
-def kept(runs: Sequence[Run]) -> list[dict[str, float]]:
-    """All updates of an arm but the first of each process."""
-    return [update for run in runs for update in run.output["updates"][1:]]
-
-
 def report(options: argparse.Namespace, workload: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """The table, with what it was measured on above it."""
     peaks = best_peaks(runs)
@@ -176,12 +165,11 @@ def report(options: argparse.Namespace, workload: Mapping[str, Any], runs: Seque
         ]
         for arm in options.arms
     ]
-    gflops = f"{peaks['float32'] / 1e9:.0f} fp32, {peaks['bfloat16'] / 1e9:.0f} bf16 GFLOP/s"
     above = [
         f"{options.model} ({workload['parameters'] / 1e6:.1f}M parameters), {options.lengths} lengths, "
         f"{options.batch} responses of at most {options.response_length} tokens, minibatch {options.minibatch}, "
         f"{options.epochs} epochs, LoRA rank {options.rank}",
-        f"{machine(options.threads)}; peaks {gflops}, copy {peaks['copy'] / 1e9:.0f} GB/s",
+        f"{machine(options.threads)}; {peaks_line(peaks)}",
         f"medians [least-most] of {options.updates - 1} updates x {options.repeats} processes, first update dropped",
     ]
     return "\n".join([*above, "", table(headings, rows)])

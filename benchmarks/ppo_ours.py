@@ -3,7 +3,6 @@
 Run as a worker: `python -m benchmarks.ppo_ours SPEC RESULT`.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,40 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROOT, clock, measure_peaks, read_spec, resident_peak, write_result
-from pipeline.config import validate
-from pipeline.inputs import Run, stage_inputs
-from stages.core.context import StageContext
-from stages.ppo.stage import run as run_ppo
-
-NEVER = 10**9
-
-
-class Recorder:
-    """Takes a stage's metrics; implements `stages.core.context.Metrics`."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self._cpu = 0.0
-
-    def start(self, total_steps: int, unit: str) -> None:
-        """The first step begins."""
-        self._cpu = time.process_time()
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One update's figures, and the CPU seconds since the update before."""
-        now = time.process_time()
-        self.rows.append(dict(values) | {"cpu_s": now - self._cpu})
-        self._cpu = now
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Not kept."""
-
-    def rewind(self, step: int) -> None:
-        """Nothing to drop: a benchmark never resumes."""
-
-    def say(self, message: str) -> None:
-        """Goes to the worker's output."""
-        print(message)
+from benchmarks.stages import NEVER, run_stage
 
 
 def config(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,25 +76,8 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the stage in the worker's folder; its updates, memory and the machine's peaks."""
     torch.set_num_threads(spec["threads"])
     libraries = resident_peak()
-    folder = Path.cwd() / "run"
-    run = Run(validate(config(spec), [ROOT]), None, folder)
-    recorder = Recorder()
-    (folder / "ppo").mkdir(parents=True, exist_ok=True)
     began = clock()
-    run_ppo(
-        StageContext(
-            stage="ppo",
-            out=folder / "ppo",
-            run_folder=folder,
-            config_folder=None,
-            shared=run.config,
-            config=run.config.ppo,
-            inputs=stage_inputs(run, "ppo"),
-            key="benchmark",
-            metrics=recorder,
-            should_stop=lambda: False,
-        )
-    )
+    recorder = run_stage("ppo", config(spec), Path.cwd() / "run")
     return {
         "updates": records(recorder.rows[:-1], spec["batch"]),
         "seconds": clock() - began,

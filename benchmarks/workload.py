@@ -42,7 +42,6 @@ RANDOM = {
     "random-0.5b": (896, 4864, 24, 14, 2, 151936),
     "random-1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
-MODELS = ("stories260K-llama", "stories3M-llama", *RANDOM)
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 NEVER = -30.0  # log-odds of a token that must not be sampled
 SAMPLED = 48  # sequences from which the rows of special tokens are fitted
@@ -50,7 +49,11 @@ RIDGE = 1e-4
 
 
 def build(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Writes `policy/`, `reward/` (LoRA on the policy), `reward-full/` (the same, merged) and `prompts.jsonl`."""
+    """Writes checkpoint, adapters, reward model and prompts; what the benchmarks need to know of them.
+
+    `policy/`, `policy-lora/` and `policy-merged/` (for rollouts), `reward/` (LoRA on `policy/`) and `reward-full/` (the
+    same, merged), `prompts.jsonl`.
+    """
     torch.manual_seed(spec["seed"])
     model, tokenizer = open_model(spec["model"], spec["seed"])
     encoder = ChatEncoder(tokenizer, max_length=model.config.max_position_embeddings)
@@ -65,6 +68,7 @@ def build(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     model.save_pretrained(policy)
     tokenizer.save_pretrained(str(policy))
     _save_reward(policy, folder, tokenizer, prompts, rank=spec["rank"])
+    _save_policy_adapter(policy, folder, tokenizer, rank=spec["rank"])
     rows = [{"prompt": text, "tokens": tokens} for text, tokens in zip(texts, prompts, strict=True)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"shape": _shape(model, spec["rank"]), "parameters": model.num_parameters(), "expected_length": expected}
@@ -206,6 +210,26 @@ def _sampled_states(
     return output.last_hidden_state[:, -budget - 1 : -1]
 
 
+def _save_policy_adapter(policy: Path, folder: Path, tokenizer: PreTrainedTokenizerFast, *, rank: int) -> None:
+    """A policy that has moved a little from its base, for rollouts: `policy-lora/`, and merged, `policy-merged/`."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    _stir(peft_model, std=0.001)
+    peft_model.save_pretrained(folder / "policy-lora", save_embedding_layers=False)
+    peft_model.merge_and_unload().save_pretrained(folder / "policy-merged")
+    for name in ("policy-lora", "policy-merged"):
+        tokenizer.save_pretrained(str(folder / name))
+
+
+@torch.no_grad()
+def _stir(peft_model: PeftModel, *, std: float) -> None:
+    """Gives every adapter's second matrix, zero at first, random values."""
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
+
+
 def _save_reward(
     policy: Path, folder: Path, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]], *, rank: int
 ) -> None:
@@ -218,10 +242,8 @@ def _save_reward(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
     )
     peft_model: PeftModel = get_peft_model(model, config).eval()
+    _stir(peft_model, std=0.02)
     with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.02)
         head = peft_model.get_base_model().score.modules_to_save["default"].weight
         nn.init.normal_(head)
         scores = [float(peft_model(torch.tensor([tokens])).logits) for tokens in prompts[:SAMPLED]]
