@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from data.errors import UserError
 from stages.core.config import Tuning
+from stages.core.lora import speed_up
 from stages.core.models import ModelSource, is_reward_model, load_model, lora_config
 from stages.core.trunk import read_adapter
 
@@ -48,6 +49,7 @@ def tuned_model(source: ModelSource, *, head: Literal["lm", "score"], request: T
     peft_model = get_peft_model(model, lora_config(request.tuning, TASKS[head]))
     adapter_config = peft_model.peft_config["default"]
     adapter_config.base_model_name_or_path = _absolute(source.base)
+    speed_up(peft_model)
     if source.adapter is not None:
         _start_from(peft_model, source.adapter)
     return peft_model
