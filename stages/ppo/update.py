@@ -219,4 +219,5 @@ def build_optimizer(bank: PolicyBank, config: PpoConfig) -> torch.optim.Optimize
         [{"params": params, "lr": rate, "peak_lr": rate} for params, rate in groups if params],
         eps=ADAM_EPSILON,
         weight_decay=0.0,
+        fused=True,
     )

@@ -1,0 +1,58 @@
+"""No tensor of tokens x vocabulary: the largest one alive in scoring and update has a stated bound."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.core import logprobs
+from tests.tiny import tiny_model_folder
+from tests.tiny_ppo import CPU, make_bank, make_experience, ppo_config, still_updater
+
+VOCABULARY_ROWS = 7  # tokens whose logits may be alive at once
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, but for parameters and views of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and not any(tensor is each for each in args):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("critic", ["adapter", "shared"])
+@pytest.mark.parametrize("length", [10, 40])
+def test_scoring_and_update_never_hold_tokens_times_vocabulary(
+    base: Path, monkeypatch: pytest.MonkeyPatch, critic: str, length: int
+) -> None:
+    """The bound: one chunk of logits, one copy of the head, or one activation of all tokens, whichever is largest."""
+    bank = make_bank(base, critic)
+    head_VD = bank.policy.trunk.lm_head.weight
+    vocabulary, hidden = head_VD.shape
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", {"cpu": VOCABULARY_ROWS * vocabulary})
+    config = ppo_config(response_length=length, microbatch_tokens=10_000)
+    experience = make_experience(bank, base, config)
+    batch = experience.responses.batch(range(len(experience.score_B)), CPU)
+    widest = bank.policy.trunk.model.config.intermediate_size
+    bound = max(VOCABULARY_ROWS * vocabulary, vocabulary * hidden, batch.packed.tokens_1N.numel() * widest)
+    with Largest() as largest:
+        bank.ref_logprobs(batch)
+        with torch.no_grad():
+            bank.values(batch)
+        still_updater(bank, config).update(experience, 1, kl_coef=0.1)
+    assert largest.numel <= bound < len(batch.targets_M) * vocabulary
