@@ -1,8 +1,8 @@
 """The least time that one PPO update can take: FLOP and bytes of a fixed algorithm, from the tokens that were real.
 
 The algorithm is the cheapest of all arms, and the denominator for everybody: one LoRA trunk for policy and critic,
-values read while decoding, no padding, each base weight read once a decoding step. Per update it costs, in forward
-passes of the trunk, 2 (rollout: prompts and responses once) + 4 (reference and reward model) + 4 an epoch.
+values read while decoding, no padding, each base weight read once a decoding step. With N trunk parameters and T real
+tokens it costs, head and attention aside, N x T times 2 for the rollout, 4 for reference and reward model, 4 an epoch.
 """
 
 from collections.abc import Mapping

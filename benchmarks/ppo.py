@@ -139,6 +139,7 @@ def report(options: argparse.Namespace, workload: Mapping[str, Any], runs: Seque
     """The table, with what it was measured on above it."""
     peaks = best_peaks(runs)
     by_arm = {arm: [run for run in runs if run.arm == arm] for arm in options.arms}
+    memory = {arm: statistics.median(run.output["peak_bytes"] for run in own) for arm, own in by_arm.items()}
     medians = {arm: statistics.median(update["total"] for update in kept(own)) for arm, own in by_arm.items()}
     headings = [
         "arm",
@@ -153,6 +154,7 @@ def report(options: argparse.Namespace, workload: Mapping[str, Any], runs: Seque
         "EV last",
         "x TRL default",
         "x best TRL",
+        "memory / TRL default",
         "disturbed",
     ]
     rows = [
@@ -161,6 +163,7 @@ def report(options: argparse.Namespace, workload: Mapping[str, Any], runs: Seque
             *timing_cells(options, workload, peaks, by_arm[arm]),
             *learning_cells(by_arm[arm]),
             *ratio_cells(arm, medians),
+            f"{memory[arm] / memory['trl-default']:.2f}" if "trl-default" in memory else "-",
             disturbance(by_arm[arm]),
         ]
         for arm in options.arms
@@ -219,7 +222,7 @@ def learning_cells(runs: Sequence[Run]) -> list[str]:
 
 
 def ratio_cells(arm_name: str, medians: Mapping[str, float]) -> list[str]:
-    """How many times faster than TRL's default, and than its fastest arm of the same dtype and tuning."""
+    """How many times faster than TRL's default, and than its fastest arm here of the same dtype and tuning."""
     arm = ARMS[arm_name]
     alike = [
         medians[name]

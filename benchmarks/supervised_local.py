@@ -1,7 +1,7 @@
 """SFT and the reward model on rows of lognormal lengths: this project's stages, or TRL's stock trainers.
 
-Both read the same token ids (ours from texts that encode to them), take the same rows a step and a forward pass, the same
-learning rate and schedule. Run as a worker: `python -m benchmarks.supervised_local SPEC RESULT`.
+Both read the same token ids (ours from texts that encode to them), take as many rows a step and a forward pass, the
+same learning rate and schedule. Run as a worker: `python -m benchmarks.supervised_local SPEC RESULT`.
 """
 
 import json
