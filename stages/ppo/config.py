@@ -79,6 +79,12 @@ class OverlongConfig(Section):
         default=1.0, description="taken off the score at full response_length, where buffer > 0"
     )
 
+    @model_validator(mode="after")
+    def _penalty_has_a_buffer(self) -> Self:
+        if self.penalty != type(self).model_fields["penalty"].default and self.buffer == 0:
+            raise ValueError(f"penalty={self.penalty}: no effect with buffer=0; set buffer to the tokens it grows over")
+        return self
+
 
 class PtxConfig(Section):
     """Language modelling mixed into the update, against forgetting (Ouyang et al. 2022, 2203.02155, eq. 2)."""
@@ -121,7 +127,8 @@ class PpoConfig(TrainingSection):
     )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     value_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="critic's; default: the policy's, and 25x for the head of a shared critic"
+        default=None,
+        description="critic's; default: the policy's, and for a shared critic's head 25x (less above hidden size 256)",
     )
     schedule: Literal["constant", "linear"] = "constant"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -217,6 +224,15 @@ class PpoConfig(TrainingSection):
                 raise ValueError(
                     f"{name}={part} does not divide rollout_batch_size={self.rollout_batch_size}; use a divisor of it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _bootstrapped_responses_train(self) -> Self:
+        if self.bootstrap_truncated and self.overlong.filter:
+            raise ValueError(
+                "bootstrap_truncated=true: no effect with overlong.filter=true, which leaves those responses out; "
+                "use one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from stages.core import attention
-from stages.core.kv_cache import KvCache
 from stages.core.config import Tuning
+from stages.core.kv_cache import KvCache
 from stages.core.logprobs import token_logprobs
 from stages.core.models import lora_config
+from stages.core.rollout import native
 from stages.core.rollout.native import NativeEngine, sample_tokens
 from stages.core.rollout.protocol import Completion, Sampling, rollout_seed
 from stages.core.sequences import PackedBatch, ResponseBatch
@@ -150,6 +151,20 @@ def test_a_response_ends_with_its_first_end_token(trunk: Trunk) -> None:
         assert not set(completion.tokens[:-1]) & set(ends)
         assert completion.finished == (completion.tokens[-1] in ends)
         assert completion.finished or len(completion.tokens) == 10
+
+
+def test_a_finished_response_that_is_not_yet_dropped_stays_as_it_is(
+    trunk: Trunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few end at a time that they stay in the cache for some steps."""
+    options, seeds = sampling(max_new_tokens=24, ends=(1, 2, 3, 4, 5, 6)), seeds_for(len(PROMPTS), samples=10)
+    expected = NativeEngine(trunk, None).generate(PROMPTS, options, seeds)
+    monkeypatch.setattr(native, "COMPACT_SHARE", 0.9)
+    assert [[each.tokens for each in group] for group in expected] == [
+        [each.tokens for each in group] for group in NativeEngine(trunk, None).generate(PROMPTS, options, seeds)
+    ]
+    for completion in (each for group in expected for each in group):
+        assert not set(completion.tokens[:-1]) & {1, 2, 3, 4, 5, 6}
 
 
 def test_an_end_token_at_the_last_step_finishes(trunk: Trunk) -> None:

@@ -238,3 +238,14 @@ def test_learning_rates(base: Path) -> None:
     assert rates(1, value_learning_rate=5e-4) == [1e-3, 5e-4, 5e-4]
     assert rates(1, "shared") == pytest.approx([1e-3, 25e-3])
     assert rates(1, "shared", value_learning_rate=2e-3) == [1e-3, 2e-3]
+
+
+def test_the_head_of_a_wide_shared_critic_learns_more_slowly(base: Path) -> None:
+    """25x up to 256 hidden units; four times as many would move a value four times as far, so they get a quarter."""
+    bank, config = make_bank(base, "shared"), ppo_config(learning_rate=1e-3)
+    for width, factor in ((64, 25), (256, 25), (1024, 6.25)):
+        bank.value_head = torch.nn.Linear(width, 1)
+        assert build_optimizer(bank, config).param_groups[-1]["lr"] == pytest.approx(1e-3 * factor)
+    bank = make_bank(base, "adapter")
+    bank.value_head = torch.nn.Linear(1024, 1)
+    assert build_optimizer(bank, config).param_groups[-1]["lr"] == 1e-3
