@@ -115,3 +115,12 @@ def test_the_value_loss_weighs_by_the_critic_unless_a_weight_is_given() -> None:
     assert [weight(critic=critic) for critic in ("adapter", "model", "shared")] == [0.1, 0.1, 1.0]
     assert [weight(critic=critic, value_coef=0.3) for critic in ("adapter", "shared")] == [0.3, 0.3]
     assert weight(value_coef=0) == 0
+
+
+def test_overlong_keys_that_would_do_nothing_are_refused() -> None:
+    assert problem(overlong={"penalty": 2.0}) == (
+        "ppo.overlong.penalty=2.0: no effect with buffer=0; set buffer to the tokens it grows over"
+    )
+    line = problem(overlong={"filter": True}, bootstrap_truncated=True)
+    assert line.startswith("ppo.bootstrap_truncated=true: no effect with overlong.filter=true")
+    assert run_config(overlong={"penalty": 2.0, "buffer": 4}).ppo is not None

@@ -113,4 +113,4 @@ def test_the_overlong_penalty_grows_linearly_over_the_buffer(length: int, penalt
 
 
 def test_without_a_buffer_nothing_is_overlong() -> None:
-    assert [overlong_penalty(length, 16, OverlongConfig(penalty=2.0)) for length in (1, 15, 16)] == [0.0] * 3
+    assert [overlong_penalty(length, 16, OverlongConfig()) for length in (1, 15, 16)] == [0.0] * 3
