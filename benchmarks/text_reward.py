@@ -1,6 +1,6 @@
 """A reward that anyone can recompute: the share of a response's words that are in the past tense, as `-ed` shows.
 
-About 0.08 on stories; learnable by any policy that shifts a little mass to such words.
+About 0.03 to 0.08 on what the small story models write; any policy that shifts a little mass to such words learns it.
 """
 
 from collections.abc import Sequence
