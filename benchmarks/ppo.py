@@ -1,7 +1,7 @@
 """This project's PPO beside TRL 1.12's: one command, one table.
 
     python -m benchmarks.ppo --model stories3M-llama --lengths eos --json ppo.json
-    python -m benchmarks.ppo --until-score 0.3 --updates 60 --seeds 0 1 2 3 --response-length 32 --learning-rate 1e-3
+    python -m benchmarks.ppo --model stories260K-llama --until-score 4 --updates 30 --seeds 0 1 2 3 --learning-rate 1e-3
 
 The first compares seconds, memory and learning over a few updates; the second counts the seconds until the score, a
 mean over the last three updates, reaches a value on a task with a programmatic reward.

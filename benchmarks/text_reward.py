@@ -1,16 +1,19 @@
-"""A reward that anyone can recompute: the share of a response's words that are in the past tense, as `-ed` shows.
+"""A reward that anyone can recompute: how many words of a response are in the past tense, as `-ed` shows, 8 at most.
 
-About 0.03 to 0.08 on what the small story models write; any policy that shifts a little mass to such words learns it.
+A count and not a share: of a share, three such words and an early end would be the best, and the benchmark would measure
+ever shorter responses. A few tenths on what the small story models write.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+MOST = 8
+
 
 def score(prompts: Sequence[Any], responses: Sequence[str], rows: Sequence[Any]) -> list[float]:
-    """One number in [0, 1] a response; 0 where it has no word."""
-    shares: list[float] = []
+    """One number from 0 to 8 a response."""
+    counts: list[float] = []
     for response in responses:
         words = [word.strip(".,!?\"'").lower() for word in response.split()]
-        shares.append(sum(word.endswith("ed") for word in words) / max(len(words), 1))
-    return shares
+        counts.append(float(min(sum(word.endswith("ed") for word in words), MOST)))
+    return counts
