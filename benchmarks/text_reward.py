@@ -1,7 +1,7 @@
 """A reward that anyone can recompute: how many words of a response are in the past tense, as `-ed` shows, 8 at most.
 
-A count and not a share: of a share, three such words and an early end would be the best, and the benchmark would measure
-ever shorter responses. A few tenths on what the small story models write.
+A count and not a share: of a share, three such words and an early end would be the best, and the benchmark would
+measure ever shorter responses. A few tenths on what the small story models write.
 """
 
 from collections.abc import Sequence
