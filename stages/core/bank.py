@@ -44,7 +44,7 @@ class View:
 
     def hidden_before(self, batch: ResponseBatch) -> Tensor:
         """Hidden states MD at the position before each response token: what predicts it."""
-        return self.trunk.hidden(batch.packed, self.adapter)[batch.before_M]
+        return self.trunk.hidden_at(batch.packed, self.adapter, batch.before_M)
 
     def parameters(self) -> list[nn.Parameter]:
         """The view's own parameters: its adapter's, or the whole model's."""

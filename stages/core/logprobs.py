@@ -16,10 +16,15 @@ CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 
 
 def token_logprobs(hidden_MD: Tensor, head: nn.Module, targets_M: Tensor, temperature: float) -> Tensor:
-    """Log-probability (nats, float32) of each target under softmax(head(hidden) / temperature)."""
-    if type(head) is not nn.Linear or torch.is_autocast_enabled(hidden_MD.device.type):
+    """Log-probability (nats, float32) of each target under softmax(head(hidden) / temperature).
+
+    Logits are computed in the head's own precision, inside autocast too.
+    """
+    if type(head) is not nn.Linear:
         return token_logprobs_and_entropy(hidden_MD, head, targets_M, temperature)[0]
-    return ChunkedLogprobs.apply(hidden_MD, head.weight, head.bias, targets_M, temperature)
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        hidden_MD = hidden_MD.to(head.weight.dtype)
+        return ChunkedLogprobs.apply(hidden_MD, head.weight, head.bias, targets_M, temperature)
 
 
 def token_logprobs_and_entropy(

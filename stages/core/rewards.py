@@ -72,7 +72,7 @@ class RewardModel:
         for group in split_by_budget([len(sequences[row]) for row in order], self.batch_tokens):
             rows = [order[place] for place in group]
             packed = PackedBatch.of([sequences[row] for row in rows], self.trunk.device)
-            hidden_BD = self.trunk.hidden(packed, self.adapter)[packed.last_B]
+            hidden_BD = self.trunk.hidden_at(packed, self.adapter, packed.last_B)
             scores[rows] = self.head(hidden_BD.to(self.head.weight.dtype))[:, 0].float().cpu()
         return scores.tolist()
 

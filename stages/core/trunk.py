@@ -20,6 +20,7 @@ from stages.core import lora
 from stages.core.attention import Layout
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
+from stages.core.trim import trimmed
 
 HEAD_PROBE_TOKENS = 8
 
@@ -110,6 +111,11 @@ class Trunk:
     def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
         """Last hidden states ND of packed sequences under an adapter."""
         return self.step(packed.tokens_1N, packed.position_ids_1N, packed.layout, adapter)
+
+    def hidden_at(self, packed: PackedBatch, adapter: str | None, places_M: Tensor) -> Tensor:
+        """Last hidden states MD at `places_M` of packed sequences, each place once: `hidden` for less."""
+        with trimmed(self.backbone, places_M):
+            return self.hidden(packed, adapter).index_select(0, places_M)
 
     def step(self, tokens_1N: Tensor, position_ids_1N: Tensor, layout: Layout, adapter: str | None) -> Tensor:
         """Last hidden states ND of tokens laid out as `layout` says (packed documents, or one decoding step)."""

@@ -19,6 +19,7 @@ from stages.core.models import backbone
 from stages.core.padding import pad_right
 from stages.core.pairs import judged_pairs, pair_samples
 from stages.core.sequences import PackedBatch, ResponseBatch
+from stages.core.trim import trimmed
 from stages.core.trl_training import StageTrainer, SupervisedRun
 from stages.core.tuning import inner_model
 from stages.dpo.loss import LogRatios, dpo_loss, label_probability
@@ -61,7 +62,8 @@ def pair_logprobs(
     )
     with precision or nullcontext():
         if packing:
-            hidden_ND = backbone(inner)(**_inputs(batch.packed)).last_hidden_state[0]
+            with trimmed(backbone(inner), batch.before_M):
+                hidden_ND = backbone(inner)(**_inputs(batch.packed)).last_hidden_state[0]
         else:
             tokens_BS, mask_BS = pad_right(sequences, device)
             output = backbone(inner)(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)

@@ -16,6 +16,7 @@ from stages.core.models import backbone
 from stages.core.padding import pad_right
 from stages.core.pairs import judged_pairs, pair_samples
 from stages.core.sequences import PackedBatch
+from stages.core.trim import trimmed
 from stages.core.trl_training import StageTrainer
 from stages.core.tuning import inner_model
 from stages.rm.loss import preference_loss
@@ -37,12 +38,13 @@ def last_token_scores(
     with precision or nullcontext():
         if packing:
             packed = PackedBatch.of(sequences, device)
-            output = backbone(inner)(
-                input_ids=packed.tokens_1N,
-                position_ids=packed.position_ids_1N,
-                layout=packed.layout,
-                use_cache=False,
-            )
+            with trimmed(backbone(inner), packed.last_B):
+                output = backbone(inner)(
+                    input_ids=packed.tokens_1N,
+                    position_ids=packed.position_ids_1N,
+                    layout=packed.layout,
+                    use_cache=False,
+                )
             last_BD = output.last_hidden_state[0, packed.last_B]
         else:
             tokens_BS, mask_BS = pad_right(sequences, device)

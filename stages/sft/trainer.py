@@ -13,9 +13,12 @@ from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from data.encoded import EncodedDemonstration
+from stages.core.models import backbone
 from stages.core.padding import pad_right
 from stages.core.sequences import PackedBatch
+from stages.core.trim import trimmed
 from stages.core.trl_training import Microbatch, StageTrainer
+from stages.core.tuning import inner_model
 
 LARGEST_EXPONENT = 700.0  # exp of more is not a float
 
@@ -59,13 +62,15 @@ def summed_nll(model: nn.Module, rows: Sequence[EncodedDemonstration], *, packin
     if packing:
         packed = PackedBatch.of(sequences, device)
         starts_B = torch.tensor([0, *(len(sequence) for sequence in sequences[:-1])]).cumsum(0)
-        logits_MV = model(
-            input_ids=packed.tokens_1N,
-            position_ids=packed.position_ids_1N,
-            layout=packed.layout,
-            logits_to_keep=(starts_B[places.row_M] + places.before_M).to(device),
-            use_cache=False,
-        ).logits[0]
+        before_M = (starts_B[places.row_M] + places.before_M).to(device)
+        with trimmed(backbone(inner_model(model)), before_M):
+            logits_MV = model(
+                input_ids=packed.tokens_1N,
+                position_ids=packed.position_ids_1N,
+                layout=packed.layout,
+                logits_to_keep=before_M,
+                use_cache=False,
+            ).logits[0]
     else:
         tokens_BS, mask_BS = pad_right(sequences, device)
         logits_BSV = model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False).logits

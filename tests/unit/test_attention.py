@@ -17,7 +17,7 @@ from stages.core.sequences import PackedBatch
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
 
 CPU = torch.device("cpu")
-LENGTHS = [3, 40, 7, 1, 25, 12, 40]  # four buckets: 40 40 25 | 12 7 | 3 | 1, and beyond a window of 8
+LENGTHS = [3, 40, 9, 1, 30, 12, 40]  # four buckets: 40 40 30 | 12 9 | 3 | 1, and beyond a window of 8
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "mistral": tiny_mistral}
 
 

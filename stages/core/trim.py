@@ -1,0 +1,46 @@
+"""The last block's feed-forward part on the tokens that somebody reads, and on no others.
+
+A reward model reads one token a sequence; policy and critic read those before response tokens. Attention needs all
+tokens of the last block. Its feed-forward part does not: nothing after it mixes tokens.
+
+Legend: N packed tokens, M of them read, D hidden size.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def last_mlp(backbone: nn.Module) -> nn.Module | None:
+    """The feed-forward part of the last block, where it is known to treat each token by itself."""
+    blocks = getattr(backbone, "layers", getattr(backbone, "h", None))
+    mlp = getattr(blocks[-1], "mlp", None) if isinstance(blocks, nn.ModuleList) else None
+    return mlp if mlp is not None and type(mlp).__name__.endswith("MLP") else None
+
+
+@contextmanager
+def trimmed(backbone: nn.Module, places_M: Tensor) -> Generator[None]:
+    """While it is open, hidden states are right at `places_M`, each named once; those of other tokens mean nothing."""
+    mlp = last_mlp(backbone)
+    if mlp is None:
+        yield
+        return
+    wide: list[Tensor] = []
+
+    def narrow(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        (x_1ND,) = inputs
+        wide.append(x_1ND)
+        return (x_1ND.index_select(1, places_M),)
+
+    def widen(module: nn.Module, inputs: tuple[Any, ...], out_1MD: Tensor) -> Tensor:
+        x_1ND = wide.pop()
+        return out_1MD.new_zeros(1, x_1ND.shape[1], out_1MD.shape[2]).index_copy(1, places_M, out_1MD)
+
+    hooks = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,77 @@
+"""The last block's feed-forward part on chosen tokens only: same states, same gradients, no trace left behind."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stages.core import attention
+from stages.core.models import backbone
+from stages.core.sequences import PackedBatch
+from stages.core.trim import last_mlp, trimmed
+from stages.core.trunk import Trunk
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
+
+CPU = torch.device("cpu")
+SEQUENCES = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
+PLACES_M = torch.tensor([1, 4, 6, 9, 10])
+
+
+def packing(model: PreTrainedModel) -> PreTrainedModel:
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mistral])
+def test_states_at_the_places_are_those_of_a_whole_pass(build: object) -> None:
+    trunk = Trunk(packing(build()), CPU)  # type: ignore[operator]
+    packed = PackedBatch.of(SEQUENCES, CPU)
+    with torch.no_grad():
+        whole_ND = trunk.hidden(packed, None)
+        some_MD = trunk.hidden_at(packed, None, PLACES_M)
+        again_ND = trunk.hidden(packed, None)
+    torch.testing.assert_close(some_MD, whole_ND[PLACES_M], rtol=1e-5, atol=1e-6)
+    assert torch.equal(whole_ND, again_ND)
+
+
+def test_gradients_are_those_of_a_whole_pass() -> None:
+    def gradients(trim: bool) -> list[Tensor]:
+        trunk = Trunk(packing(tiny_llama()), CPU)
+        trunk.train(trunk.backbone.parameters())
+        packed = PackedBatch.of(SEQUENCES, CPU)
+        some_MD = trunk.hidden_at(packed, None, PLACES_M) if trim else trunk.hidden(packed, None)[PLACES_M]
+        (some_MD * torch.arange(some_MD.numel()).view_as(some_MD).sin()).sum().backward()
+        return [each.grad for each in trunk.backbone.parameters() if each.grad is not None]
+
+    ours, whole = gradients(True), gradients(False)
+    assert len(ours) == len(whole) > 10
+    for mine, expected in zip(ours, whole, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_chosen_tokens_go_through_the_last_feed_forward_part() -> None:
+    model = packing(tiny_llama())
+    trunk, seen = Trunk(model, CPU), []
+    mlp = last_mlp(backbone(model))
+    assert mlp is model.model.layers[-1].mlp
+    model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        trunk.hidden_at(PackedBatch.of(SEQUENCES, CPU), None, PLACES_M)
+    assert seen == [len(PLACES_M)]
+
+
+def test_a_failed_pass_leaves_no_hook() -> None:
+    body = backbone(packing(tiny_llama()))
+    with pytest.raises(RuntimeError, match="stop"), trimmed(body, PLACES_M):
+        raise RuntimeError("stop")
+    mlp = last_mlp(body)
+    assert mlp is not None
+    assert not mlp._forward_hooks
+    assert not mlp._forward_pre_hooks
+
+
+def test_a_model_of_unknown_shape_runs_whole() -> None:
+    assert last_mlp(torch.nn.Linear(2, 2)) is None
+    with trimmed(torch.nn.Linear(2, 2), PLACES_M):
+        pass
