@@ -54,10 +54,10 @@ class View:
 
 
 class TokenOutputs(NamedTuple):
-    """What the policy and its critic say of M response tokens."""
+    """What the policy says of M response tokens."""
 
     logprobs_M: Tensor
-    values_M: Tensor | None  # None: no critic
+    values_M: Tensor | None  # a shared critic's; None: no critic, or one with a trunk of its own
     entropy_M: Tensor | None  # None: not asked for
 
     def at(self, chosen_M: Tensor) -> "TokenOutputs":
@@ -101,7 +101,7 @@ class PolicyBank:
         return self._values(hidden_ND[batch.before_M]), self._values(hidden_ND[batch.packed.last_B])
 
     def outputs(self, batch: ResponseBatch, *, entropy: bool = False) -> TokenOutputs:
-        """All that the update learns from; one pass where the critic shares the policy's trunk.
+        """What one pass of the policy gives the update; a critic with a trunk of its own is asked by `values`.
 
         The entropy, in nats, is that of the policy's whole softmax at the temperature.
         """
@@ -111,10 +111,8 @@ class PolicyBank:
             logprobs_M, entropy_M = token_logprobs_and_entropy(hidden_MD, head, batch.targets_M, self.temperature)
         else:
             logprobs_M = token_logprobs(hidden_MD, head, batch.targets_M, self.temperature)
-        if self.value_head is None:
-            return TokenOutputs(logprobs_M, None, entropy_M)
-        values_M = self._values(hidden_MD) if self.value is None else self.values(batch)
-        return TokenOutputs(logprobs_M, values_M, entropy_M)
+        is_shared = self.value is None and self.value_head is not None
+        return TokenOutputs(logprobs_M, self._values(hidden_MD) if is_shared else None, entropy_M)
 
     def _logprobs(self, view: View, batch: ResponseBatch) -> Tensor:
         return token_logprobs(view.hidden_before(batch), view.trunk.lm_head, batch.targets_M, self.temperature)

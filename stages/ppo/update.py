@@ -5,8 +5,9 @@ Legend: B responses, R longest response, M response tokens of a microbatch.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from data.errors import UserError
 from stages.core.bank import PolicyBank, TokenOutputs
 from stages.core.ops import kl_estimate
 from stages.core.rollout.protocol import rollout_seed
+from stages.core.sequences import ResponseBatch
 from stages.ppo.config import PpoConfig
 from stages.ppo.experience import Experience
 from stages.ppo.loss import policy_loss, value_loss
@@ -26,6 +28,29 @@ from stages.ppo.ptx import Ptx
 SHARED_HEAD_RATE = 25.0
 SHARED_HEAD_WIDTH = 256
 ADAM_EPSILON = 1e-5  # Huang et al. 2024 (2403.17031), detail 13
+
+
+@dataclass(frozen=True)
+class Part:
+    """The responses `rows` of an experience, packed: one microbatch."""
+
+    experience: Experience
+    rows: list[int]
+    device: torch.device
+
+    @cached_property
+    def batch(self) -> ResponseBatch:
+        """Prompts and responses."""
+        return self.experience.responses.batch(self.rows, self.device)
+
+    @cached_property
+    def chosen_M(self) -> Tensor:
+        """Which of the batch's response tokens train."""
+        return self.experience.loss_mask_BR[self.rows][self.experience.mask_BR[self.rows]].to(self.device)
+
+    def sampled(self, values_BR: Tensor) -> Tensor:
+        """What the experience holds for the tokens that train, one after the other."""
+        return values_BR[self.rows][self.experience.loss_mask_BR[self.rows]].to(self.device)
 
 
 @dataclass(frozen=True)
@@ -100,10 +125,11 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
         for group in experience.responses.microbatches(training, self.config.microbatch_tokens):
-            loss, part = self._microbatch_loss(experience, group, kl_coef, policy_trains=policy_trains)
-            (loss / tokens).backward()
-            for name, value in part.items():
-                sums[name] += value / tokens
+            for loss, figures in self._losses(experience, group, kl_coef, policy_trains=policy_trains):
+                if loss.requires_grad:
+                    (loss / tokens).backward()
+                for name, value in figures.items():
+                    sums[name] += value / tokens
         if not policy_trains:
             for parameter in self.bank.policy.parameters():  # a shared critic's loss reaches the policy's trunk
                 parameter.grad = None
@@ -127,46 +153,44 @@ class Updater:
         self.optimizer.step()
         return grad_norm
 
-    def _microbatch_loss(
+    def _losses(
         self, experience: Experience, rows: list[int], kl_coef: float, *, policy_trains: bool
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The summed loss of a microbatch and its summed metrics, over the tokens that train."""
-        mask_BR = experience.loss_mask_BR[rows]
-        chosen_M = mask_BR[experience.mask_BR[rows]].to(self.device)
-        batch = experience.responses.batch(rows, self.device)
-        chosen = self.bank.outputs(batch, entropy=self.config.entropy_coef > 0).at(chosen_M)
+    ) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The summed losses of a microbatch with their summed metrics, over the tokens that train.
 
-        def sampled(values_BR: Tensor) -> Tensor:
-            return values_BR[rows][mask_BR].to(self.device)
+        Each is for a backward pass of its own before the next is asked for: a critic with a trunk of its own begins
+        when the policy's activations are gone.
+        """
+        bank, part = self.bank, Part(experience, rows, self.device)
+        is_shared = bank.value is None and bank.value_head is not None
+        with torch.set_grad_enabled(policy_trains or is_shared):
+            outputs = bank.outputs(part.batch, entropy=self.config.entropy_coef > 0).at(part.chosen_M)
+            terms = self._policy_terms(outputs, part, kl_coef)
+            counted = dict(terms) if policy_trains else {}
+            if outputs.values_M is not None:
+                counted["value/loss"] = self._value_term(outputs.values_M, part)
+            figures = self._ratio_figures(outputs.logprobs_M.detach(), part.sampled(experience.logprobs_BR))
+        yield _weighed(counted, terms | counted, figures)
+        if bank.value is not None:
+            term = {"value/loss": self._value_term(bank.values(part.batch)[part.chosen_M], part)}
+            yield _weighed(term, term, {})
 
-        logprobs_M = sampled(experience.logprobs_BR)
-        terms = self._policy_terms(chosen, logprobs_M, sampled(experience.advantages_BR))
-        if self.config.kl.place == "loss":
-            ref_logprobs_M = sampled(experience.ref_logprobs_BR)
-            kl_M = kl_estimate(chosen.logprobs_M, ref_logprobs_M, self.config.kl.estimator)
-            terms["kl/loss"] = (kl_coef, kl_M.sum())
-        weighted = [weight * term for weight, term in terms.values()] if policy_trains else []
-        if chosen.values_M is not None:
-            assert experience.values_BR is not None
-            assert experience.returns_BR is not None
-            values_M, returns_M = sampled(experience.values_BR), sampled(experience.returns_BR)
-            loss_value = value_loss(chosen.values_M.float(), values_M, returns_M, self.config.value_clip_range)
-            terms["value/loss"] = (self.config.value_weight, loss_value)
-            weighted.append(self.config.value_weight * loss_value)
-        loss = torch.stack(weighted).sum()
-        part = {"loss": loss} | {name: term for name, (_, term) in terms.items()}
-        part |= self._ratio_figures(chosen.logprobs_M.detach(), logprobs_M)
-        return loss, {name: float(value.detach()) for name, value in part.items()}
+    def _value_term(self, new_values_M: Tensor, part: "Part") -> tuple[float, Tensor]:
+        """Weight and sum over tokens of the critic's loss."""
+        assert part.experience.values_BR is not None
+        assert part.experience.returns_BR is not None
+        values_M, returns_M = part.sampled(part.experience.values_BR), part.sampled(part.experience.returns_BR)
+        return self.config.value_weight, value_loss(
+            new_values_M.float(), values_M, returns_M, self.config.value_clip_range
+        )
 
-    def _policy_terms(
-        self, outputs: TokenOutputs, logprobs_M: Tensor, advantages_M: Tensor
-    ) -> dict[str, tuple[float, Tensor]]:
+    def _policy_terms(self, outputs: TokenOutputs, part: "Part", kl_coef: float) -> dict[str, tuple[float, Tensor]]:
         """Metric -> weight and sum over tokens of what the policy itself is trained by."""
-        config = self.config
+        config, experience = self.config, part.experience
         loss_policy = policy_loss(
             outputs.logprobs_M,
-            logprobs_M,
-            advantages_M,
+            part.sampled(experience.logprobs_BR),
+            part.sampled(experience.advantages_BR),
             config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
@@ -175,6 +199,10 @@ class Updater:
         if outputs.entropy_M is not None:
             # Beside policy/entropy, which the sampled tokens estimate: the whole softmax's, while it is trained.
             terms["policy/entropy_exact"] = (-config.entropy_coef, outputs.entropy_M.sum())
+        if config.kl.place == "loss":
+            ref_logprobs_M = part.sampled(experience.ref_logprobs_BR)
+            kl_M = kl_estimate(outputs.logprobs_M, ref_logprobs_M, config.kl.estimator)
+            terms["kl/loss"] = (kl_coef, kl_M.sum())
         return terms
 
     def _ratio_figures(self, new_logprobs_M: Tensor, logprobs_M: Tensor) -> dict[str, Tensor]:
@@ -197,6 +225,18 @@ class Updater:
             factor = 1 - (update - 1) / self.config.updates
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+
+def _weighed(
+    counted: Mapping[str, tuple[float, Tensor]],
+    shown: Mapping[str, tuple[float, Tensor]],
+    figures: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, float]]:
+    """The weighted sum of the terms that count, and the figures of all that are shown."""
+    weighted = [weight * term for weight, term in counted.values()]
+    loss = torch.stack(weighted).sum() if weighted else torch.zeros(())
+    logged = {"loss": loss} | {name: term for name, (_, term) in shown.items()} | dict(figures)
+    return loss, {name: float(value.detach()) for name, value in logged.items()}
 
 
 def _means(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:

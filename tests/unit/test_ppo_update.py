@@ -60,7 +60,8 @@ def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
     clear_gradients(bank)
     total, count = torch.zeros(()), 0
     for row, completion in enumerate(experience.responses.completions):
-        logprobs, values, _ = bank.outputs(experience.responses.batch([row], CPU))
+        alone = experience.responses.batch([row], CPU)
+        logprobs, values = bank.policy_logprobs(alone), bank.values(alone)
         for place in range(len(completion.tokens)):
             old, value, advantage, target = (
                 getattr(experience, name)[row, place]
