@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from data.errors import UserError
@@ -39,6 +39,7 @@ class Layout:
 
     buckets: tuple[Bucket, ...] = ()
     restore_N: Tensor | None = None  # undoes the buckets' order; None where there is one bucket
+    padding: int = 0  # tokens behind the last document that belong to none
     fills: KvCache | None = None  # a prefill: keys and values go there
     step: DecodeStep | None = None  # one new token for each sequence of a cache, instead of documents
 
@@ -104,8 +105,9 @@ def _attend_documents(
 ) -> Tensor:
     """Causal attention inside each document; returns NHE."""
     outputs: list[Tensor] = []
+    whole = len(layout.buckets) == 1 and layout.padding == 0
     for bucket in layout.buckets:
-        query, key, value = (_padded(bucket, each, len(layout.buckets) == 1) for each in packed)
+        query, key, value = (_padded(bucket, each, whole) for each in packed)
         if layout.fills is not None:
             layout.fills.fill(layer, key, value)
         mask = _window_mask(query.shape[2], window, query.device)
@@ -113,9 +115,8 @@ def _attend_documents(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
         )
         outputs.append(out_BHLE.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_M))
-    if layout.restore_N is None:
-        return outputs[0]
-    return torch.cat(outputs).index_select(0, layout.restore_N)
+    out_NHE = outputs[0] if layout.restore_N is None else torch.cat(outputs).index_select(0, layout.restore_N)
+    return pad(out_NHE, (0, 0, 0, 0, 0, layout.padding)) if layout.padding else out_NHE
 
 
 def _attend_cache(

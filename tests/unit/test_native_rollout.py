@@ -12,7 +12,7 @@ from stages.core.kv_cache import KvCache
 from stages.core.logprobs import token_logprobs
 from stages.core.models import lora_config
 from stages.core.rollout import native
-from stages.core.rollout.native import NativeEngine, sample_tokens
+from stages.core.rollout.native import ROWS_MULTIPLE, NativeEngine, rows_to_keep, sample_tokens
 from stages.core.rollout.protocol import Completion, Sampling, rollout_seed
 from stages.core.sequences import PackedBatch, ResponseBatch
 from stages.core.trunk import Trunk
@@ -134,10 +134,18 @@ def test_compaction_happens(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(KvCache, "select", counting)
     options = sampling(max_new_tokens=24, ends=(1, 2, 3, 4, 5, 6))
-    NativeEngine(trunk, None).generate(PROMPTS, options, seeds_for(len(PROMPTS), samples=4))
-    assert kept[0] == 16  # a cache row for each sample
+    NativeEngine(trunk, None).generate(PROMPTS, options, seeds_for(len(PROMPTS), samples=12))
+    assert kept[0] == 48  # a cache row for each sample
     assert len(kept) > 3
     assert kept == sorted(kept, reverse=True)
+    assert all(rows % ROWS_MULTIPLE == 0 for rows in kept)
+
+
+def test_ended_rows_stay_only_to_fill_a_multiple() -> None:
+    ended_B = torch.tensor([True, False, True, True, False, True, True, True, True, False, True])
+    # live: 1, 4, 9; ended ones from the front fill up to 8
+    assert rows_to_keep(ended_B).tolist() == [0, 1, 2, 3, 4, 5, 6, 9]
+    assert rows_to_keep(torch.tensor([False] * 8 + [True])).tolist() == list(range(8))
 
 
 def test_a_response_ends_with_its_first_end_token(trunk: Trunk) -> None:

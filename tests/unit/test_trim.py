@@ -75,3 +75,29 @@ def test_a_model_of_unknown_shape_runs_whole() -> None:
     assert last_mlp(torch.nn.Linear(2, 2)) is None
     with trimmed(torch.nn.Linear(2, 2), PLACES_M):
         pass
+
+
+def test_padding_behind_the_documents_changes_nothing() -> None:
+    """A bfloat16 trunk on a CPU takes multiples of tokens; what is added must not show."""
+    model = packing(tiny_llama()).to(torch.bfloat16)
+    trunk = Trunk(model, CPU)
+    assert trunk.multiple == 128
+    packed = PackedBatch.of(SEQUENCES, CPU)
+    with torch.no_grad():
+        padded_ND, some_MD = trunk.hidden(packed, None), trunk.hidden_at(packed, None, PLACES_M)
+        trunk.multiple = 1
+        plain_ND = trunk.hidden(packed, None)
+    torch.testing.assert_close(padded_ND, plain_ND, rtol=0.02, atol=0.02)  # other kernels round otherwise
+    torch.testing.assert_close(some_MD, plain_ND[PLACES_M], rtol=0.02, atol=0.02)
+
+
+def test_padding_is_exact_in_float32() -> None:
+    trunk = Trunk(packing(tiny_llama()), CPU)
+    assert trunk.multiple == 1
+    packed = PackedBatch.of(SEQUENCES, CPU)
+    with torch.no_grad():
+        plain_ND = trunk.hidden(packed, None)
+        trunk.multiple = 16
+        padded_ND, some_MD = trunk.hidden(packed, None), trunk.hidden_at(packed, None, PLACES_M)
+    torch.testing.assert_close(padded_ND, plain_ND, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some_MD, plain_ND[PLACES_M], rtol=1e-5, atol=1e-6)

@@ -21,6 +21,8 @@ from stages.core.trunk import Trunk
 
 # Finished responses are dropped from the cache once they make up this share: each drop copies the cache.
 COMPACT_SHARE = 0.125
+# Few different batch sizes: on a CPU each new one is compiled for bfloat16.
+ROWS_MULTIPLE = 8
 
 
 class NativeEngine:
@@ -84,9 +86,9 @@ class NativeEngine:
             token_B, logprob_B = sample_tokens(logits_BV, uniforms_BR[rows_B, step])
             values_B = None if self.value_head is None else read_values(self.value_head, hidden_BD)
             ended_B = decoded.record(step, rows_B, (token_B, logprob_B, values_B), torch.isin(token_B, ends))
-            keep = (~ended_B).nonzero()[:, 0]
-            if len(keep) == 0 or step == steps - 1:
+            if bool(ended_B.all()) or step == steps - 1:
                 break
+            keep = rows_to_keep(ended_B)
             if len(keep) <= (1 - COMPACT_SHARE) * len(rows_B):
                 cache.select(keep)
                 rows_B, token_B = rows_B[keep], token_B[keep]
@@ -146,6 +148,13 @@ class Decoded:
         for tokens, logprobs, length, finished, own in rows:
             read = None if own is None else tuple(own[:length])
             yield Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished, read)
+
+
+def rows_to_keep(ended_B: Tensor) -> Tensor:
+    """The rows that go on, in their order, and as many ended ones as make their number a multiple of ROWS_MULTIPLE."""
+    order_B = ended_B.int().sort(stable=True).indices
+    live = len(ended_B) - int(ended_B.sum())
+    return order_B[: -(-live // ROWS_MULTIPLE) * ROWS_MULTIPLE].sort().values
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
