@@ -207,9 +207,9 @@ def test_the_bootstrap_changes_no_value_and_no_finished_response(base: Path) -> 
     assert booted.values_BR is not None
     assert plain.returns_BR is not None
     assert booted.returns_BR is not None
-    torch.testing.assert_close(booted.values_BR, plain.values_BR, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(booted.values_BR, plain.values_BR, rtol=1e-5, atol=1e-6)
     finished_B = torch.tensor(plain.responses.finished)
-    torch.testing.assert_close(booted.returns_BR[finished_B], plain.returns_BR[finished_B], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(booted.returns_BR[finished_B], plain.returns_BR[finished_B], rtol=1e-5, atol=1e-6)
     ends_BR = (booted.returns_BR - plain.returns_BR).abs()
     assert float(ends_BR[~finished_B].min()) > 1e-4  # all of them are as long as the longest
 
