@@ -34,7 +34,8 @@ def memory_estimate(run: Run, stage: str, longest: int) -> dict[str, int] | str:
     if (section := config.supervised(stage)) is not None:
         tokens = section.rows_per_pass * min(longest or config.max_length, config.max_length)
         tokens *= 1 if stage == "sft" else 2  # both sides of a pair
-        logits = 0 if stage == "rm" else min(tokens * shape.vocabulary, CHUNK_LOGITS)
+        most = {"rm": 0, "sft": tokens * shape.vocabulary, "dpo": CHUNK_LOGITS}[stage]  # sft holds all at once
+        logits = min(tokens * shape.vocabulary, most)
         parts = training_bytes(shape, Training(tuning, config.dtype, tokens, logits))
         role = "reward model" if stage == "rm" else "policy"
         sizes = {f"{role}: {part}": size for part, size in parts.items()}
