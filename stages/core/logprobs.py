@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from stages.core import memory
+
 # At most this many logits are alive at once. A CPU works on them several times, so they should stay in its cache.
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": memory.CHUNK_LOGITS}
 
 
 def token_logprobs(hidden_MD: Tensor, head: nn.Module, targets_M: Tensor, temperature: float) -> Tensor:

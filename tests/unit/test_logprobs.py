@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.core import logprobs
 from stages.core.logprobs import token_logprobs, token_logprobs_and_entropy
+from tests.largest import Largest
 
 
 def head_of(weights_VD: Tensor) -> nn.Linear:
@@ -112,20 +112,6 @@ def test_entropy_has_the_gradient_of_the_dense_definition(monkeypatch: pytest.Mo
     ours = run(lambda hidden, head: token_logprobs_and_entropy(hidden, head, targets_M, temperature))
     for mine, expected in zip(ours, run(dense), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor held that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, Tensor) else 0)
-        return result
 
 
 @pytest.mark.parametrize("compute", [token_logprobs, token_logprobs_and_entropy])

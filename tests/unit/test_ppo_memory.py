@@ -1,33 +1,16 @@
 """No tensor of tokens x vocabulary: the largest one alive in scoring and update has a stated bound."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.core import logprobs
+from tests.largest import Largest
 from tests.tiny import tiny_model_folder
 from tests.tiny_ppo import CPU, make_bank, make_experience, ppo_config, still_updater
 
 VOCABULARY_ROWS = 7  # tokens whose logits may be alive at once
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, but for parameters and views of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and not any(tensor is each for each in args):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 @pytest.fixture(scope="module")
