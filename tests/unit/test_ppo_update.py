@@ -204,6 +204,15 @@ def test_critic_warmup_leaves_the_policy_bit_for_bit(base: Path, critic: str, me
     assert moved(3) == critic_parts | {"policy"}
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_in_the_warmup_the_logged_loss_is_the_critics_alone(base: Path, critic: str) -> None:
+    bank, config = make_bank(base, critic), ppo_config(critic_warmup=1)
+    experience = moved_policy(make_experience(bank, base, config))
+    figures = still_updater(bank, config).update(experience, 1, 0.1)
+    assert abs(figures["policy/loss"]) > 0.01  # it is shown, and does not count
+    assert figures["loss"] == pytest.approx(0.3 * figures["value/loss"], rel=1e-5)
+
+
 def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
     bank, config = make_bank(base), ppo_config(learning_rate=1e-3, epochs=2)
     experience = make_experience(bank, base, config)
