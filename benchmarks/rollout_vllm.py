@@ -35,10 +35,9 @@ def main() -> None:
         disable_log_stats=True,
     )
     updates = []
-    for seed in range(spec["rollouts"]):
-        sampling = SamplingParams(
-            temperature=1.0, max_tokens=spec["response_length"], logprobs=0, seed=seed, detokenize=False
-        )
+    # No seed of a request's own: with the same one for all, all responses end together.
+    sampling = SamplingParams(temperature=1.0, max_tokens=spec["response_length"], logprobs=0, detokenize=False)
+    for _ in range(spec["rollouts"]):
         began, cpu = clock(), time.process_time()
         outputs = engine.generate([{"prompt_token_ids": row["tokens"]} for row in rows], sampling, use_tqdm=False)
         lengths = [len(output.outputs[0].token_ids) for output in outputs]

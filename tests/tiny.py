@@ -15,6 +15,10 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 TEXT = ["the cat sat on the mat", "a dog ran to the red house", "say yes or no", "user: hello assistant: good day"]
@@ -79,6 +83,28 @@ def tiny_mistral(window: int = 8) -> MistralForCausalLM:
         attn_implementation="sdpa",
     )
     return _random(MistralForCausalLM, config)
+
+
+def tiny_qwen2() -> Qwen2ForCausalLM:
+    """A random Qwen2 (biases on queries, keys and values), in float32."""
+    return _random(Qwen2ForCausalLM, Qwen2Config(**QWEN))
+
+
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """A random Qwen3 (norms on the heads of queries and keys, heads wider than the hidden size says), in float32."""
+    return _random(Qwen3ForCausalLM, Qwen3Config(**QWEN, head_dim=16))
+
+
+QWEN = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "attn_implementation": "sdpa",
+}
 
 
 def _random(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:

@@ -10,10 +10,12 @@ Legend: B documents, N packed tokens, L longest document, H heads, G key/value h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from data.errors import UserError
@@ -35,11 +37,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """How N packed tokens divide into documents; with a cache, what of it to write and read."""
+    """How packed tokens divide into documents (some may belong to none); with a cache, what of it to write and read."""
 
     buckets: tuple[Bucket, ...] = ()
-    restore_N: Tensor | None = None  # undoes the buckets' order; None where there is one bucket
-    padding: int = 0  # tokens behind the last document that belong to none
     fills: KvCache | None = None  # a prefill: keys and values go there
     step: DecodeStep | None = None  # one new token for each sequence of a cache, instead of documents
 
@@ -63,12 +63,9 @@ def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | N
         tokens = torch.cat([torch.arange(lengths[row]) + starts_B[row] for row in rows])
         slots = torch.cat([torch.arange(lengths[row]) + place * longest for place, row in enumerate(rows)])
         buckets.append(Bucket((len(rows), longest), tokens.to(device), slots.to(device)))
-    restore_N = None
-    if len(buckets) > 1:
-        restore_N = torch.cat([bucket.tokens_M for bucket in buckets]).argsort()
     if cache is not None:
         cache.lengths_B = lengths_B.to(device)
-    return Layout(tuple(buckets), restore_N, fills=cache)
+    return Layout(tuple(buckets), fills=cache)
 
 
 def decode_layout(cache: KvCache) -> Layout:
@@ -76,14 +73,53 @@ def decode_layout(cache: KvCache) -> Layout:
     return Layout(step=DecodeStep(cache))
 
 
-def _padded(bucket: Bucket, packed_NHE: Tensor, whole: bool) -> Tensor:
-    """A bucket's documents as BHLE, zeros after each end."""
-    batch, longest = bucket.shape
-    rows_MHE = packed_NHE if whole else packed_NHE.index_select(0, bucket.tokens_M)
-    if len(bucket.slots_M) < batch * longest:
-        empty = rows_MHE.new_zeros(batch * longest, *rows_MHE.shape[1:])
-        rows_MHE = empty.index_copy(0, bucket.slots_M, rows_MHE)
-    return rows_MHE.view(batch, longest, *rows_MHE.shape[1:]).transpose(1, 2)
+class Pad(torch.autograd.Function):
+    """Packed rows NHE as one tensor a bucket, documents x longest x HE, zeros after each end; keeps no row."""
+
+    @staticmethod
+    def forward(ctx: Any, packed_NHE: Tensor, buckets: Sequence[Bucket]) -> tuple[Tensor, ...]:
+        """The padded rows."""
+        ctx.buckets, ctx.tokens = buckets, len(packed_NHE)
+        return _pad(packed_NHE, buckets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradient's rows, where the rows came from."""
+        return _unpad(grads, ctx.buckets, ctx.tokens), None
+
+
+class Unpad(torch.autograd.Function):
+    """The reverse: N packed rows, 0 where no bucket has one."""
+
+    @staticmethod
+    def forward(ctx: Any, buckets: Sequence[Bucket], tokens: int, *padded: Tensor) -> Tensor:
+        """The packed rows NHE."""
+        ctx.buckets = buckets
+        return _unpad(padded, buckets, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient, padded."""
+        return None, None, *_pad(grad_NHE, ctx.buckets)
+
+
+def _pad(packed_NHE: Tensor, buckets: Sequence[Bucket]) -> tuple[Tensor, ...]:
+    padded: list[Tensor] = []
+    for bucket in buckets:
+        batch, longest = bucket.shape
+        empty = packed_NHE.new_zeros(batch * longest, *packed_NHE.shape[1:])
+        rows_MHE = packed_NHE.index_select(0, bucket.tokens_M)
+        padded.append(empty.index_copy_(0, bucket.slots_M, rows_MHE).unflatten(0, bucket.shape))
+    return tuple(padded)
+
+
+def _unpad(padded: Sequence[Tensor], buckets: Sequence[Bucket], tokens: int) -> Tensor:
+    packed_NHE = padded[0].new_zeros(tokens, *padded[0].shape[2:])
+    for each, bucket in zip(padded, buckets, strict=True):
+        packed_NHE.index_copy_(0, bucket.tokens_M, each.flatten(0, 1).index_select(0, bucket.slots_M))
+    return packed_NHE
 
 
 def _window_mask(longest: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -105,18 +141,16 @@ def _attend_documents(
 ) -> Tensor:
     """Causal attention inside each document; returns NHE."""
     outputs: list[Tensor] = []
-    whole = len(layout.buckets) == 1 and layout.padding == 0
-    for bucket in layout.buckets:
-        query, key, value = (_padded(bucket, each, whole) for each in packed)
+    for documents in zip(*(Pad.apply(each_NHE, layout.buckets) for each_NHE in packed), strict=True):
+        query, key, value = (each_BLHE.transpose(1, 2) for each_BLHE in documents)
         if layout.fills is not None:
             layout.fills.fill(layer, key, value)
         mask = _window_mask(query.shape[2], window, query.device)
         out_BHLE = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
         )
-        outputs.append(out_BHLE.transpose(1, 2).flatten(0, 1).index_select(0, bucket.slots_M))
-    out_NHE = outputs[0] if layout.restore_N is None else torch.cat(outputs).index_select(0, layout.restore_N)
-    return pad(out_NHE, (0, 0, 0, 0, 0, layout.padding)) if layout.padding else out_NHE
+        outputs.append(out_BHLE.transpose(1, 2))
+    return Unpad.apply(layout.buckets, len(packed[0]), *outputs)
 
 
 def _attend_cache(

@@ -7,8 +7,6 @@ the time of a narrow layer (see benchmarks/README.md).
 Legend: N tokens, I inputs and O outputs of a layer, r rank.
 """
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,26 +15,33 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from stages.core.products import PackedLinears, Part, parts_from, project, project_back
+
 
 class FastLinear(Linear):
     """peft's LoRA layer on a frozen nn.Linear, with at most one adapter active and no dropout."""
 
-    folded: Tensor | None = None  # the base's weight plus the adapter, while a caller holds `folded` open
+    packed: PackedLinears | None = None  # a copy of the weight with the adapter, while a caller decodes
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus scaling * B A x under the active adapter; what only peft can do is left to peft."""
-        base = self.base_layer
-        casts = torch.is_autocast_enabled(x.device.type) and base.weight.dtype == torch.float32
-        if args or kwargs or self.merged or casts or self._drops_out():
+        if self.packed is not None:
+            return self.packed(x)
+        part = None if args or kwargs else part_of(self)
+        if part is None:
             return super().forward(x, *args, **kwargs)
-        name = self._adapter()
+        if part.low_rI is None:
+            return linear(x, part.weight_OI, part.bias_O)
+        return LowRankLinear.apply(x, part.scaling, *part.tensors)
+
+    def part(self) -> Part | None:
+        """The layer as it stands; None where only peft can run it."""
+        base, name = self.base_layer, self._adapter()
+        if self.merged or self._drops_out() or _is_lowered(base.weight):
+            return None
         if name is None:
-            return linear(x, base.weight, base.bias)
-        if self.folded is not None:
-            return linear(x, self.folded, base.bias)
-        return LowRankLinear.apply(
-            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
+            return Part(base.weight, base.bias)
+        return Part(base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
 
     def _adapter(self) -> str | None:
         if self.disable_adapters:
@@ -48,48 +53,44 @@ class FastLinear(Linear):
     def _drops_out(self) -> bool:
         return self.training and any(isinstance(each, nn.Dropout) for each in self.lora_dropout.values())
 
-    def fold(self) -> None:
-        """Makes a copy of the weight with the active adapter in it."""
-        name = self._adapter()
-        if name is not None:
-            low, high = self.lora_A[name].weight, self.lora_B[name].weight
-            self.folded = torch.addmm(self.base_layer.weight, high, low, alpha=self.scaling[name])
-
 
 class LowRankLinear(torch.autograd.Function):
-    """x W' + bias + scaling * (x A') B' for a frozen W: gradients of x, A and B (Hu et al. 2021, 2106.09685, eq. 3).
-
-    Products run in W's dtype; gradients of A and B come in theirs.
-    """
+    """x W' + bias + scaling * (x A') B': the gradients that are asked for."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_rI: Tensor, high_Or: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scaling: float, *tensors: Tensor | None) -> Tensor:
         """Output [..., O] for x [..., I]."""
-        x_NI = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
-        low_Nr = x_NI @ low_rI.to(x_NI.dtype).T
-        out_NO = linear(x_NI, weight_OI, bias_O).addmm_(low_Nr, high_Or.to(x_NI.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x_NI, low_Nr, weight_OI, low_rI, high_Or)
+        (part,) = parts_from(tensors, [scaling])
+        x_NI = x.reshape(-1, x.shape[-1]).to(part.weight_OI.dtype)
+        (out_NO,), low_Nr = project(x_NI, [part])
+        ctx.save_for_backward(x_NI, low_Nr, *tensors)
         ctx.scaling, ctx.dtype, ctx.shape = scaling, x.dtype, x.shape
         return out_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        """Gradients of x, A and B, those that are asked for."""
-        x_NI, low_Nr, weight_OI, low_rI, high_Or = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the part's tensors."""
+        x_NI, low_Nr, *tensors = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
-        grad_Nr = (grad_NO @ high_Or.to(grad_NO.dtype)).mul_(ctx.scaling)
-        grad_x = grad_low = grad_high = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ weight_OI).addmm_(grad_Nr, low_rI.to(grad_NO.dtype)).to(ctx.dtype).view(ctx.shape)
-        if ctx.needs_input_grad[3]:
-            grad_low = (grad_Nr.T @ x_NI).to(low_rI.dtype)
-        if ctx.needs_input_grad[4]:
-            # r rows of O is the faster way round for a product this thin.
-            grad_high = (low_Nr.T @ grad_NO).T.to(high_Or.dtype).mul(ctx.scaling)
-        return grad_x, None, None, grad_low, grad_high, None
+        parts = parts_from(tensors, [ctx.scaling])
+        input_needed, _, *needs = ctx.needs_input_grad
+        grad_x, grad_parts = project_back(x_NI, low_Nr, [grad_NO], parts, needs, input_needed=input_needed)
+        return None if grad_x is None else grad_x.to(ctx.dtype).view(ctx.shape), None, *grad_parts
+
+
+def part_of(module: nn.Module) -> Part | None:
+    """A linear layer as it stands, its active adapter included; None where only the module itself can run it.
+
+    So it is where autocast lowers float32 weights: it remembers what it has cast, which pays more than what we save.
+    """
+    if type(module) is nn.Linear and not _is_lowered(module.weight):
+        return Part(module.weight, module.bias)
+    return module.part() if isinstance(module, FastLinear) else None
+
+
+def _is_lowered(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
 
 
 def speed_up(model: nn.Module) -> list[FastLinear]:
@@ -101,19 +102,3 @@ def speed_up(model: nn.Module) -> list[FastLinear]:
         if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
             module.__class__ = FastLinear
     return [module for module in model.modules() if isinstance(module, FastLinear)]
-
-
-@contextmanager
-def folded(layers: Iterable[FastLinear]) -> Generator[None]:
-    """While it is open, the layers run with their active adapter added to a copy of the weight.
-
-    Exact to rounding in float32. In bfloat16 the sum would lose most of a small adapter, so nothing is folded there.
-    """
-    changed = [layer for layer in layers if layer.base_layer.weight.dtype == torch.float32]
-    try:
-        for layer in changed:
-            layer.fold()
-        yield
-    finally:
-        for layer in changed:
-            layer.folded = None

@@ -12,6 +12,7 @@ from typing import Any
 from stages.core.config import Tuning
 
 BYTES = {"float32": 4, "bfloat16": 2}
+WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3")  # stages.core.blocks.FAMILY
 GRADIENT_BYTES = 4  # trained parameters are float32
 ADAM_BYTES = 8  # two float32 moments
 CHUNK_LOGITS = 2**26  # stages.core.logprobs holds at most this many at once on a GPU, fewer on a CPU
@@ -62,6 +63,7 @@ class ModelShape:
     vocabulary: int
     tied: bool
     gated: bool  # a third matrix in the feed-forward part, as in Llama
+    written_out: bool  # stages.core.blocks runs the blocks, and keeps less for the backward pass
 
     @property
     def linear_shapes(self) -> list[tuple[int, int]]:
@@ -100,9 +102,9 @@ class ModelShape:
 
     def activation_bytes(self, tokens: int, bytes_each: int) -> int:
         """What the blocks save for the backward pass over `tokens` packed tokens."""
-        norms = 4 * self.hidden  # input and output of two norms
-        attention = 2 * self.query_width + 2 * self.kv_width + self.hidden
-        feed_forward = (4 if self.gated else 2) * self.intermediate
+        norms = (2 if self.written_out else 4) * self.hidden  # inputs of two norms; else their outputs too
+        attention = 3 * self.query_width + 2 * self.kv_width  # its inputs, its output padded and packed
+        feed_forward = (2 if self.written_out or not self.gated else 4) * self.intermediate
         return self.layers * (norms + attention + feed_forward) * tokens * bytes_each
 
 
@@ -127,6 +129,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         kv_width=(text.get("num_key_value_heads") or heads) * head_size,
         vocabulary=first("vocab_size"),
         tied=text.get("tie_word_embeddings", gpt2),
+        written_out=text.get("model_type") in WRITTEN_OUT,
         gated=not gpt2 and text.get("model_type") not in ("gpt_neox", "opt", "phi"),
     )
 

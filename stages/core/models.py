@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from data.chat import ChatEncoder, load_tokenizer
 from data.errors import UserError
 from data.hub import require_on_hub
-from stages.core import attention
+from stages.core import attention, blocks
 from stages.core.config import SharedConfig, Tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,6 +70,7 @@ def load_model(
         raise UserError(f"model {base}: cannot be loaded ({reason}); check the path or hub id") from error
     if packing:
         model.set_attn_implementation(attention.NAME)
+        blocks.speed_up(model)
     return model
 
 

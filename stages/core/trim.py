@@ -12,21 +12,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stages.core.blocks import FastBlock
 
-def last_mlp(backbone: nn.Module) -> nn.Module | None:
-    """The feed-forward part of the last block, where it is known to treat each token by itself."""
+
+def last_block(backbone: nn.Module) -> nn.Module | None:
+    """The last of the backbone's blocks, or None where it has none that is known."""
     blocks = getattr(backbone, "layers", getattr(backbone, "h", None))
-    mlp = getattr(blocks[-1], "mlp", None) if isinstance(blocks, nn.ModuleList) else None
-    return mlp if mlp is not None and type(mlp).__name__.endswith("MLP") else None
+    return blocks[-1] if isinstance(blocks, nn.ModuleList) else None
 
 
 @contextmanager
 def trimmed(backbone: nn.Module, places_M: Tensor) -> Generator[None]:
     """While it is open, hidden states are right at `places_M`, each named once; those of other tokens mean nothing."""
-    mlp = last_mlp(backbone)
-    if mlp is None:
+    block = last_block(backbone)
+    mlp = getattr(block, "mlp", None)
+    if isinstance(block, FastBlock):
+        block.reads_M = places_M
+        try:
+            yield
+        finally:
+            block.reads_M = None
+    elif isinstance(mlp, nn.Module) and type(mlp).__name__.endswith("MLP"):  # known to treat each token by itself
+        with _narrowed(mlp, places_M):
+            yield
+    else:
         yield
-        return
+
+
+@contextmanager
+def _narrowed(mlp: nn.Module, places_M: Tensor) -> Generator[None]:
     wide: list[Tensor] = []
 
     def narrow(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

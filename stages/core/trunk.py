@@ -4,9 +4,8 @@ Legend: B sequences, N packed tokens, M response tokens, D hidden size, V vocabu
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from data.errors import UserError
 from stages.core import lora
 from stages.core.attention import Layout
+from stages.core.decoding import packed_weights
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
 from stages.core.trim import trimmed
@@ -45,7 +45,6 @@ class Trunk:
         self.peft: PeftModel | None = None
         self.trainable: list[nn.Parameter] = []
         self._tuner_layers: list[BaseTunerLayer] = []
-        self._fast_layers: list[lora.FastLinear] = []
         self._active: str | None = None
 
     @property
@@ -68,7 +67,7 @@ class Trunk:
             if result.unexpected_keys:
                 raise UserError(f"adapter {name}: does not fit this base (no {result.unexpected_keys[0]} in it)")
         self._tuner_layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        self._fast_layers = lora.speed_up(self.model)
+        lora.speed_up(self.model)
         self.model.requires_grad_(False)
         self._active = name
         self.use(None)
@@ -109,10 +108,13 @@ class Trunk:
             parameter.requires_grad_(True)
         self._active = adapter
 
-    def folded(self, adapter: str | None) -> AbstractContextManager[None]:
-        """While it is open, passes under `adapter` cost as much as the base alone, for a copy of its linear weights."""
+    def decoding(self, adapter: str | None) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """For decoding under `adapter`: on a CPU a copy of the weights makes its small products cheap while it is open.
+
+        Gives the head, hidden states BD to logits BV.
+        """
         self.use(adapter)
-        return lora.folded(self._fast_layers)
+        return packed_weights(self.model)
 
     def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
         """Last hidden states ND of packed sequences under an adapter."""
@@ -137,7 +139,6 @@ class Trunk:
         self.use(adapter)
         tokens = tokens_1N.shape[1]
         if layout.step is None and (missing := -tokens % self.multiple):
-            layout = replace(layout, padding=missing)
             tokens_1N, position_ids_1N = pad(tokens_1N, (0, missing)), pad(position_ids_1N, (0, missing))
         with self._precision():
             output = self.backbone(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)

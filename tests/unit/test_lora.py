@@ -1,4 +1,4 @@
-"""The LoRA layer against peft's own arithmetic: outputs, gradients, switching, folding."""
+"""The LoRA layer against peft's own arithmetic: outputs, gradients, switching."""
 
 import copy
 
@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from stages.core.lora import FastLinear, folded, speed_up
+from stages.core.lora import FastLinear, speed_up
 
 RANK, INPUTS, OUTPUTS = 3, 6, 5
 
@@ -82,27 +82,6 @@ def test_each_adapter_and_none_run_as_in_peft() -> None:
         torch.testing.assert_close(outputs[-1], theirs(x))
     assert not torch.allclose(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2])
-
-
-def test_folding_changes_nothing_but_the_cost() -> None:
-    _, ours = models()
-    layers = speed_up(ours)
-    x = torch.randn(3, INPUTS)
-    with torch.no_grad():
-        before = ours(x)
-        weight = layers[0].base_layer.weight.clone()
-        with folded(layers):
-            assert all(layer.folded is not None for layer in layers)
-            torch.testing.assert_close(ours(x), before)
-        assert all(layer.folded is None for layer in layers)
-        assert torch.equal(layers[0].base_layer.weight, weight)
-        assert torch.equal(ours(x), before)
-
-
-def test_bfloat16_is_never_folded() -> None:
-    _, ours = models(torch.bfloat16)
-    with folded(speed_up(ours)):
-        assert all(layer.folded is None for layer in speed_up(ours))
 
 
 def test_dropout_is_pefts_in_training_and_absent_in_evaluation() -> None:

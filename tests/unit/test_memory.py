@@ -1,6 +1,7 @@
 """Memory formulas against models that torch and peft really build (on the meta device: no weights)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
+from stages.core import attention, blocks, memory
 from stages.core.config import Tuning
 from stages.core.memory import Training, known_config, model_shape, training_bytes
+from stages.core.sequences import PackedBatch
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CONFIGS: dict[str, Any] = {
@@ -108,12 +111,16 @@ def test_parts_by_hand():
     assert (full["weights"], full["adapters"], full["gradients"], full["optimizer"]) == (848, 0, 848, 1696)
 
 
-def test_activations_are_what_torch_saves():
+@pytest.mark.parametrize("written_out", [True, False])
+def test_activations_are_what_torch_saves(written_out: bool) -> None:
     """Bytes that autograd keeps for the backward pass of a Llama's blocks, measured, against the formula."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").model
+    attention.register()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).model
+    if written_out:
+        blocks.speed_up(model)
     saved: dict[int, int] = {}
     parameters = {each.untyped_storage().data_ptr() for each in model.parameters()}
 
@@ -124,10 +131,16 @@ def test_activations_are_what_torch_saves():
         return tensor
 
     kept: list[Any] = []
+    packed = PackedBatch.of([[0] * 128, [0] * 100], torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or keep(tensor), lambda x: x):
-        model(input_ids=torch.zeros(1, 256, dtype=torch.long))
-    estimate = model_shape(config.to_dict()).activation_bytes(256, 4)
-    assert estimate == pytest.approx(sum(saved.values()), rel=0.35)
+        model(input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=packed.layout, use_cache=False)
+    shape = replace(model_shape(config.to_dict()), written_out=written_out)
+    assert shape.activation_bytes(228, 4) == pytest.approx(sum(saved.values()), rel=0.2)
+
+
+def test_the_written_out_blocks_are_those_that_the_formulas_know() -> None:
+    kinds = {f"{kind.__name__.removesuffix('DecoderLayer').lower()}" for kind in blocks.FAMILY}
+    assert kinds == set(memory.WRITTEN_OUT)
 
 
 def test_a_config_without_dimensions_says_what_it_lacks():

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.core import attention
+from stages.core import attention, blocks
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
-from stages.core.trim import last_mlp, trimmed
+from stages.core.trim import last_block, trimmed
 from stages.core.trunk import Trunk
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
 
@@ -17,15 +17,18 @@ SEQUENCES = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
 PLACES_M = torch.tensor([1, 4, 6, 9, 10])
 
 
-def packing(model: PreTrainedModel) -> PreTrainedModel:
+def packing(model: PreTrainedModel, *, written_out: bool = True) -> PreTrainedModel:
     attention.register()
     model.set_attn_implementation(attention.NAME)
+    if written_out:
+        blocks.speed_up(model)
     return model
 
 
+@pytest.mark.parametrize("written_out", [True, False])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mistral])
-def test_states_at_the_places_are_those_of_a_whole_pass(build: object) -> None:
-    trunk = Trunk(packing(build()), CPU)  # type: ignore[operator]
+def test_states_at_the_places_are_those_of_a_whole_pass(build: object, written_out: bool) -> None:
+    trunk = Trunk(packing(build(), written_out=written_out), CPU)  # type: ignore[operator]
     packed = PackedBatch.of(SEQUENCES, CPU)
     with torch.no_grad():
         whole_ND = trunk.hidden(packed, None)
@@ -35,9 +38,10 @@ def test_states_at_the_places_are_those_of_a_whole_pass(build: object) -> None:
     assert torch.equal(whole_ND, again_ND)
 
 
-def test_gradients_are_those_of_a_whole_pass() -> None:
+@pytest.mark.parametrize("written_out", [True, False])
+def test_gradients_are_those_of_a_whole_pass(written_out: bool) -> None:
     def gradients(trim: bool) -> list[Tensor]:
-        trunk = Trunk(packing(tiny_llama()), CPU)
+        trunk = Trunk(packing(tiny_llama(), written_out=written_out), CPU)
         trunk.train(trunk.backbone.parameters())
         packed = PackedBatch.of(SEQUENCES, CPU)
         some_MD = trunk.hidden_at(packed, None, PLACES_M) if trim else trunk.hidden(packed, None)[PLACES_M]
@@ -51,28 +55,56 @@ def test_gradients_are_those_of_a_whole_pass() -> None:
 
 
 def test_only_the_chosen_tokens_go_through_the_last_feed_forward_part() -> None:
-    model = packing(tiny_llama())
+    model = packing(tiny_llama(), written_out=False)
     trunk, seen = Trunk(model, CPU), []
-    mlp = last_mlp(backbone(model))
-    assert mlp is model.model.layers[-1].mlp
-    model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    last = last_block(backbone(model))
+    assert last is model.model.layers[-1]
+    last.mlp.gate_proj.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
     with torch.no_grad():
         trunk.hidden_at(PackedBatch.of(SEQUENCES, CPU), None, PLACES_M)
     assert seen == [len(PLACES_M)]
 
 
-def test_a_failed_pass_leaves_no_hook() -> None:
-    body = backbone(packing(tiny_llama()))
+def test_only_the_chosen_tokens_go_through_the_end_of_a_written_out_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    apply = blocks.FeedForward.apply
+
+    def counted(spec: object, x_ND: Tensor, *others: object) -> Tensor:
+        seen.append(len(x_ND))
+        return apply(spec, x_ND, *others)
+
+    monkeypatch.setattr(blocks.FeedForward, "apply", counted)
+    with torch.no_grad():
+        Trunk(packing(tiny_llama()), CPU).hidden_at(PackedBatch.of(SEQUENCES, CPU), None, PLACES_M)
+    assert seen == [sum(map(len, SEQUENCES)), len(PLACES_M)]
+
+
+def test_under_autocast_the_last_feed_forward_part_is_trimmed_too() -> None:
+    """There transformers' own layers run inside the block."""
+    trunk = Trunk(packing(tiny_llama()), CPU, autocast=True)
+    trunk.multiple = 1
+    packed, seen = PackedBatch.of(SEQUENCES, CPU), []
+    trunk.model.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    with torch.no_grad():
+        whole_ND = trunk.hidden(packed, None)
+        some_MD = trunk.hidden_at(packed, None, PLACES_M)
+    assert seen == [sum(map(len, SEQUENCES)), len(PLACES_M)]
+    torch.testing.assert_close(some_MD, whole_ND[PLACES_M], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_a_failed_pass_leaves_no_trace(written_out: bool) -> None:
+    body = backbone(packing(tiny_llama(), written_out=written_out))
     with pytest.raises(RuntimeError, match="stop"), trimmed(body, PLACES_M):
         raise RuntimeError("stop")
-    mlp = last_mlp(body)
-    assert mlp is not None
-    assert not mlp._forward_hooks
-    assert not mlp._forward_pre_hooks
+    last = last_block(body)
+    assert getattr(last, "reads_M", None) is None
+    assert not last.mlp._forward_hooks
+    assert not last.mlp._forward_pre_hooks
 
 
 def test_a_model_of_unknown_shape_runs_whole() -> None:
-    assert last_mlp(torch.nn.Linear(2, 2)) is None
+    assert last_block(torch.nn.Linear(2, 2)) is None
     with trimmed(torch.nn.Linear(2, 2), PLACES_M):
         pass
 

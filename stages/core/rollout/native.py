@@ -3,11 +3,11 @@
 Prompts are run once each, packed; their samples share that prefill. A decoding step costs one token per unfinished
 response: finished ones leave the cache.
 
-Legend: B unfinished responses, V vocabulary, R most new tokens.
+Legend: L prompts, B unfinished responses, V vocabulary, R most new tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from stages.core.trunk import Trunk
 COMPACT_SHARE = 0.125
 # Few different batch sizes: on a CPU each new one is compiled for bfloat16.
 ROWS_MULTIPLE = 8
+
+Head = Callable[[Tensor], Tensor]
 
 
 class NativeEngine:
@@ -46,41 +48,44 @@ class NativeEngine:
     ) -> list[list[Completion]]:
         """For each prompt one completion a seed, decoded at most `batch_size` responses at a time."""
         completions: list[list[Completion]] = []
-        with self.trunk.folded(self.adapter):
+        with self.trunk.decoding(self.adapter) as head:
             for group in split_by_budget([len(each) for each in seeds], self.batch_size):
-                completions += self._generate_group([prompts[i] for i in group], sampling, [seeds[i] for i in group])
+                asked = [prompts[i] for i in group], [seeds[i] for i in group]
+                completions += self._generate_group(*asked, sampling, head)
         return completions
 
     def close(self) -> None:
         """Nothing to release: the policy belongs to the trainer."""
 
     def _generate_group(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling, head: Head
     ) -> list[list[Completion]]:
         device = self.trunk.device
         cache = KvCache(capacity=max(map(len, prompts)) + sampling.max_new_tokens)
         packed = PackedBatch.of(prompts, device)
-        layout = pack_layout([len(prompt) for prompt in prompts], device, cache)
-        hidden_ND = self.trunk.step(packed.tokens_1N, packed.position_ids_1N, layout, self.adapter)
+        prefill = replace(packed, layout=pack_layout([len(prompt) for prompt in prompts], device, cache))
+        hidden_LD = self.trunk.hidden_at(prefill, self.adapter, packed.last_B)
         owners = [row for row, own in enumerate(seeds) for _ in own]
         owner_B = torch.tensor(owners, device=device)
         cache.select(owner_B)
         flat_seeds = [seed for own in seeds for seed in own]
         uniforms_BR = _uniforms(flat_seeds, sampling.max_new_tokens).to(device)
-        decoded = self._decode(cache, hidden_ND[packed.last_B][owner_B], uniforms_BR, sampling)
+        decoded = self._decode(cache, hidden_LD[owner_B], uniforms_BR, sampling, head)
         completions: list[list[Completion]] = [[] for _ in prompts]
         for owner, completion in zip(owners, decoded.completions(), strict=True):
             completions[owner].append(completion)
         return completions
 
-    def _decode(self, cache: KvCache, hidden_BD: Tensor, uniforms_BR: Tensor, sampling: Sampling) -> "Decoded":
+    def _decode(
+        self, cache: KvCache, hidden_BD: Tensor, uniforms_BR: Tensor, sampling: Sampling, head: Head
+    ) -> "Decoded":
         """Samples every sequence of the cache to its end; `hidden_BD` is of each prompt's last token."""
         decoded = Decoded.empty(uniforms_BR, with_values=self.value_head is not None)
         ends = torch.tensor(sampling.end_token_ids, device=uniforms_BR.device)
         steps = uniforms_BR.shape[1]
         rows_B = torch.arange(len(uniforms_BR), device=uniforms_BR.device)  # the response of each live row of the cache
         for step in range(steps):
-            logits_BV = self.trunk.lm_head(hidden_BD).float()
+            logits_BV = head(hidden_BD).float()
             if sampling.temperature != 1:
                 logits_BV = logits_BV / sampling.temperature
             token_B, logprob_B = sample_tokens(logits_BV, uniforms_BR[rows_B, step])

@@ -1,0 +1,290 @@
+"""The Llama family's transformer block, written out: transformers' modules, parameters and files, our arithmetic.
+
+A block of transformers runs some sixty small operations, and autograd keeps what each of them returns. Here the norm
+with the projections after it, and the whole feed-forward part, are one function each whose gradient is written out:
+about half the memory, fewer passes over it, one product for what adapters of the same input share. Attention stays the
+packed one. In decoding a block runs on packed weights.
+
+Legend: N packed tokens, D hidden size, H heads (queries and keys each have their number), E head size, F feed-forward
+size, M tokens that are read.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from stages.core.attention import Layout, packed_attention
+from stages.core.lora import part_of
+from stages.core.products import TENSORS, PackedLinears, Part, parts_from, project, project_back
+
+FAMILY = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), and 1 / rms(x) in float32."""
+    wide, size = x.float(), x.shape[-1]
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # float32 under autocast too, unlike a dot product
+    scale = norm.square_().add_(epsilon * size).rsqrt_().mul_(math.sqrt(size))
+    return _normed(x, scale, weight), scale
+
+
+def _normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() * scale).to(x.dtype) * weight
+
+
+def rms_norm_back(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and, where it trains, of weight."""
+    wide = x.float()
+    grad_weight = None
+    if weight.requires_grad:
+        grad_weight = (grad * wide).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_scaled = grad.float() * weight
+    inner = torch.linalg.vecdot(grad_scaled, wide)[..., None].div_(-x.shape[-1]).mul_(scale.pow(3))
+    return grad_scaled.mul_(scale).addcmul_(wide, inner).to(x.dtype), grad_weight
+
+
+class Spec(NamedTuple):
+    """What is not a tensor of a function below."""
+
+    epsilon: float  # of the norm
+    scalings: tuple[float, ...]  # of the parts
+
+
+class Rotary(torch.autograd.Function):
+    """Rotary embedding of tokens NHE, first half of E with second (Su et al. 2021, 2104.09864)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+        """The rotated heads NHE."""
+        ctx.save_for_backward(cos_NE, sin_NE)
+        return _rotate(x_NHE, cos_NE, sin_NE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor, None, None]:
+        """The transpose: the halves of the sines change places and sign."""
+        cos_NE, sin_NE = ctx.saved_tensors
+        return _rotate(grad_NHE, cos_NE, -sin_NE.roll(sin_NE.shape[-1] // 2, -1)), None, None
+
+
+def _rotate(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+    half = x_NHE.shape[-1] // 2
+    (first, second), (cos_1, cos_2), (sin_1, sin_2) = (
+        (each[..., :half], each[..., half:]) for each in (x_NHE, cos_NE[:, None], sin_NE[:, None])
+    )
+    out_NHE = torch.empty_like(x_NHE, memory_format=torch.contiguous_format)
+    torch.mul(first, cos_1, out=out_NHE[..., :half]).addcmul_(second, sin_1, value=-1)
+    torch.mul(second, cos_2, out=out_NHE[..., half:]).addcmul_(first, sin_2)
+    return out_NHE
+
+
+class NormedProjections(torch.autograd.Function):
+    """The norm of tokens ND and the linear layers that read it: their outputs NO."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, x_ND: Tensor, norm_D: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        """One output a part."""
+        normed_ND, scale_N1 = rms_norm(x_ND, norm_D, spec.epsilon)
+        outs, low_NR = project(normed_ND, parts_from(flat, spec.scalings))
+        ctx.save_for_backward(x_ND, scale_N1, norm_D, low_NR, *flat)
+        ctx.spec = spec
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, of the norm and of the parts' tensors, those that are asked for."""
+        x_ND, scale_N1, norm_D, low_NR, *flat = ctx.saved_tensors
+        _, x_needed, norm_needed, *needs = ctx.needs_input_grad
+        parts = parts_from(flat, ctx.spec.scalings)
+        normed_ND = _normed(x_ND, scale_N1, norm_D)
+        grad_normed, grad_parts = project_back(
+            normed_ND, low_NR, grads, parts, needs, input_needed=x_needed or norm_needed
+        )
+        grad_x = grad_norm = None
+        if grad_normed is not None:
+            grad_x, grad_norm = rms_norm_back(grad_normed, x_ND, scale_N1, norm_D)
+        return None, grad_x, grad_norm, *grad_parts
+
+
+class FeedForward(torch.autograd.Function):
+    """x + down(silu(gate(n)) * up(n)) for n = norm(x), tokens ND (Shazeer 2020, 2002.05202, SwiGLU)."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, x_ND: Tensor, norm_D: Tensor, *flat: Tensor | None) -> Tensor:
+        """The block's output ND."""
+        *wide_parts, down_part = parts_from(flat, spec.scalings)
+        normed_ND, scale_N1 = rms_norm(x_ND, norm_D, spec.epsilon)
+        (gate_NF, up_NF), low_NR = project(normed_ND, wide_parts)
+        (out_ND,), down_low_Nr = project(silu(gate_NF).mul_(up_NF), [down_part])
+        ctx.save_for_backward(x_ND, scale_N1, norm_D, low_NR, gate_NF, up_NF, down_low_Nr, *flat)
+        ctx.spec = spec
+        return out_ND.add_(x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, of the norm and of the parts' tensors, those that are asked for."""
+        x_ND, scale_N1, norm_D, low_NR, gate_NF, up_NF, down_low_Nr, *flat = ctx.saved_tensors
+        *wide_parts, down_part = parts_from(flat, ctx.spec.scalings)
+        needs = ctx.needs_input_grad[3:]
+        wide_needs, down_needs = needs[: 2 * TENSORS], needs[2 * TENSORS :]
+        active_NF = silu(gate_NF)
+        grad_F, grad_down = project_back(
+            active_NF * up_NF, down_low_Nr, [grad_ND], [down_part], down_needs, input_needed=True
+        )
+        assert grad_F is not None
+        grad_up_NF = active_NF.mul_(grad_F)
+        grad_gate_NF = torch.ops.aten.silu_backward(grad_F.mul_(up_NF), gate_NF)
+        grad_normed, grad_parts = project_back(
+            _normed(x_ND, scale_N1, norm_D),
+            low_NR,
+            [grad_gate_NF, grad_up_NF],
+            wide_parts,
+            wide_needs,
+            input_needed=True,
+        )
+        assert grad_normed is not None
+        grad_x, grad_norm = rms_norm_back(grad_normed, x_ND, scale_N1, norm_D)
+        return None, grad_x.add_(grad_ND), grad_norm, *grad_parts, *grad_down
+
+
+class PackedBlock(NamedTuple):
+    """A block's linear layers, for decoding."""
+
+    inputs: PackedLinears  # query, key and value
+    output: PackedLinears
+    wide: PackedLinears  # gate and up
+    down: PackedLinears
+
+
+class FastBlock(nn.Module):
+    """The forward pass of a block of `FAMILY`, mixed into its class."""
+
+    reads_M: Tensor | None = None  # the tokens whose output anybody reads, where a caller named them
+    packed: PackedBlock | None = None  # while a caller decodes
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        """The block's output 1ND. Unpacked tokens, and layers that we cannot run, run as they always do."""
+        layout = options.get("layout")
+        if not isinstance(layout, Layout):
+            return super().forward(hidden_states, **options)
+        x_ND = hidden_states[0]
+        inputs = self._attention_inputs(x_ND, *(each_1NE[0] for each_1NE in options["position_embeddings"]))
+        if inputs is None:
+            mixed_ND = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0][0]
+        else:
+            mixed_ND = self._attend(inputs, layout).to(x_ND.dtype)
+        if self.reads_M is not None:
+            x_ND, mixed_ND = x_ND.index_select(0, self.reads_M), mixed_ND.index_select(0, self.reads_M)
+        if inputs is not None:
+            mixed_ND = self.self_attn.o_proj(mixed_ND) if self.packed is None else self.packed.output(mixed_ND)
+        out_ND = self._feed_forward(x_ND + mixed_ND)
+        if self.reads_M is not None:
+            out_ND = out_ND.new_zeros(hidden_states.shape[1:]).index_copy(0, self.reads_M, out_ND)
+        return out_ND[None]
+
+    def _attend(self, inputs: tuple[Tensor, Tensor, Tensor], layout: Layout) -> Tensor:
+        attention = self.self_attn
+        mixed_1NHE, _ = packed_attention(
+            attention,
+            *(each_NHE.transpose(0, 1)[None] for each_NHE in inputs),
+            None,
+            scaling=attention.scaling,
+            # Mistral's attention has its window in the config, Qwen's is a layer's own.
+            sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+            dropout=attention.attention_dropout if self.training else 0.0,
+            layout=layout,
+        )
+        return mixed_1NHE[0].flatten(1)
+
+    def _attention_inputs(self, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Query, key and value NHE."""
+        attention, norm = self.self_attn, self.input_layernorm
+        if self.packed is not None:
+            return self._packed_inputs(self.packed, x_ND, cos_NE, sin_NE)
+        parts = parts_of(attention.q_proj, attention.k_proj, attention.v_proj)
+        if parts is None or parts[0].weight_OI.dtype != x_ND.dtype:
+            return None
+        outs = NormedProjections.apply(_spec(norm, parts), x_ND, norm.weight, *_tensors(parts))
+        query, key, value = (_attended(out_NO.unflatten(1, (-1, attention.head_dim))) for out_NO in outs)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        return Rotary.apply(query, cos_NE, sin_NE), Rotary.apply(key, cos_NE, sin_NE), value
+
+    def _packed_inputs(
+        self, packed: PackedBlock, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in decoding, where most of the time goes into starting operations: queries and keys at once."""
+        attention, norm = self.self_attn, self.input_layernorm
+        size = attention.head_dim
+        counts = [each.out_features // size for each in (attention.q_proj, attention.k_proj)]
+        normed_ND, _ = rms_norm(x_ND, norm.weight, norm.variance_epsilon)
+        heads_NHE = _attended(packed.inputs(normed_ND).unflatten(1, (-1, size)))
+        both_NHE, value_NHE = heads_NHE[:, : sum(counts)], heads_NHE[:, sum(counts) :]
+        if hasattr(attention, "q_norm"):
+            query_NHE, key_NHE = both_NHE.split(counts, 1)
+            both_NHE = torch.cat([attention.q_norm(query_NHE), attention.k_norm(key_NHE)], 1)
+        query_NHE, key_NHE = _rotate(both_NHE, cos_NE, sin_NE).split(counts, 1)
+        return query_NHE, key_NHE, value_NHE
+
+    def _feed_forward(self, x_ND: Tensor) -> Tensor:
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        if self.packed is not None:
+            gate_NF, up_NF = self.packed.wide(rms_norm(x_ND, norm.weight, norm.variance_epsilon)[0]).chunk(2, 1)
+            return self.packed.down(silu(gate_NF).mul_(up_NF)).add_(x_ND)
+        parts = parts_of(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if parts is None or parts[0].weight_OI.dtype != x_ND.dtype:
+            return x_ND + mlp(norm(x_ND))
+        return FeedForward.apply(_spec(norm, parts), x_ND, norm.weight, *_tensors(parts))
+
+    def pack(self) -> PackedBlock | None:
+        """The block's weights as they stand now, for decoding; None where some layer runs as transformers has it."""
+        attention, mlp = self.self_attn, self.mlp
+        groups = [
+            parts_of(attention.q_proj, attention.k_proj, attention.v_proj),
+            parts_of(attention.o_proj),
+            parts_of(mlp.gate_proj, mlp.up_proj),
+            parts_of(mlp.down_proj),
+        ]
+        packed = [PackedLinears(group) for group in groups if group is not None]
+        return PackedBlock(*packed) if len(packed) == len(groups) else None
+
+
+def _attended(heads_NHE: Tensor) -> Tensor:
+    """In the dtype of attention and of what comes between: float32 on a CPU, where it is the faster one."""
+    return heads_NHE.float() if heads_NHE.device.type == "cpu" else heads_NHE
+
+
+def _spec(norm: Any, parts: Sequence[Part]) -> Spec:
+    return Spec(norm.variance_epsilon, tuple(part.scaling for part in parts))
+
+
+def _tensors(parts: Sequence[Part]) -> list[Tensor | None]:
+    return [tensor for part in parts for tensor in part.tensors]
+
+
+def parts_of(*modules: nn.Module) -> list[Part] | None:
+    """The linear layers as they stand; None where one of them can only be run by itself."""
+    parts = [part for part in map(part_of, modules) if part is not None]
+    return parts if len(parts) == len(modules) else None
+
+
+def speed_up(model: nn.Module) -> None:
+    """Gives the blocks of `FAMILY` in a model the arithmetic above."""
+    for module in model.modules():
+        if type(module) in FAMILY and isinstance(module.mlp.act_fn, nn.SiLU | SiLUActivation):
+            module.__class__ = FAST[type(module)]
+
+
+FAST = {plain: type(f"Fast{plain.__name__}", (FastBlock, plain), {}) for plain in FAMILY}

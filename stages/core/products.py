@@ -1,0 +1,182 @@
+"""Linear layers that read the same input, worked out together: base products, low-rank additions, and their gradients.
+
+Legend: N tokens, I inputs and O outputs of a layer, r its rank; R, P: the ranks and outputs of a group side by side.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+class Part(NamedTuple):
+    """One layer of a group: x W' + bias + scaling * (x A') B' (Hu et al. 2021, 2106.09685, eq. 3)."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None = None
+    low_rI: Tensor | None = None  # A; None: no adapter
+    high_Or: Tensor | None = None  # B
+    scaling: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd has to see."""
+        return self[:4]
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter; 0 where there is none."""
+        return 0 if self.low_rI is None else len(self.low_rI)
+
+    def folded(self) -> Tensor:
+        """The weight OI with the adapter in it. Exact to rounding in float32; bfloat16 would lose most of it."""
+        if self.low_rI is None or self.high_Or is None:
+            return self.weight_OI
+        return torch.addmm(self.weight_OI, self.high_Or, self.low_rI, alpha=self.scaling)
+
+
+TENSORS = len(Part._fields) - 1
+
+
+def parts_from(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Part]:
+    """The parts whose `tensors` stand one after the other."""
+    starts = range(0, TENSORS * len(scalings), TENSORS)
+    return [Part(*tensors[start : start + TENSORS], scaling) for start, scaling in zip(starts, scalings, strict=True)]  # type: ignore[arg-type]
+
+
+def onednn_product(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W', [..., O], on a CPU; the weight plain or packed. The operator is what torch.compile's CPU backend calls."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight_OI, None, "none", [], "")
+
+
+def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W', NO.
+
+    In float32 on a CPU by oneDNN, which PyTorch itself takes for bfloat16 only: MKL is slower on processors that are
+    not Intel's, by a tenth for hidden sizes and by a third for vocabularies.
+    """
+    if x_NI.device.type == "cpu" and x_NI.dtype == torch.float32:
+        return onednn_product(x_NI, weight_OI)
+    return linear(x_NI, weight_OI)
+
+
+def project(x_NI: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs NO of each part, and x A' of all side by side, NR, which the gradients need."""
+    dtype = x_NI.dtype
+    lows_RI = _lows(parts, dtype)
+    low_NR = None if lows_RI is None else x_NI @ lows_RI.T
+    outs: list[Tensor] = []
+    start = 0
+    for part in parts:
+        out_NO = product(x_NI, part.weight_OI)
+        if part.bias_O is not None:
+            out_NO.add_(part.bias_O)
+        if part.high_Or is not None and low_NR is not None:
+            low_Nr = low_NR[:, start : start + part.rank]
+            out_NO.addmm_(low_Nr, part.high_Or.to(dtype).T, alpha=part.scaling)
+        start += part.rank
+        outs.append(out_NO)
+    return outs, low_NR
+
+
+def project_back(
+    x_NI: Tensor,
+    low_NR: Tensor | None,
+    grads: Sequence[Tensor],
+    parts: Sequence[Part],
+    needs: Sequence[bool],
+    *,
+    input_needed: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x (NI) and of the parts' tensors, one after the other; `needs` says which of those are asked for.
+
+    `grads` are of the outputs NO, in x's dtype; the gradients of a part come in the dtypes of its tensors.
+    """
+    lows_RI = _lows(parts, x_NI.dtype)
+    grad_NR = None if lows_RI is None else torch.cat(list(map(_low_gradient, grads, parts)), 1)
+    grad_x = None
+    if input_needed:
+        grad_x = product(grads[0], parts[0].weight_OI.T)
+        for grad_NO, part in zip(grads[1:], parts[1:], strict=True):
+            grad_x.addmm_(grad_NO, part.weight_OI)
+        if grad_NR is not None and lows_RI is not None:
+            grad_x.addmm_(grad_NR, lows_RI)
+    found: list[Tensor | None] = []
+    start = 0
+    for place, (grad_NO, part) in enumerate(zip(grads, parts, strict=True)):
+        ranks = slice(start, start + part.rank)
+        low_Nr, grad_Nr = (None if each_NR is None else each_NR[:, ranks] for each_NR in (low_NR, grad_NR))
+        found += _part_gradients(x_NI, grad_NO, part, (low_Nr, grad_Nr), needs[place * TENSORS : (place + 1) * TENSORS])
+        start += part.rank
+    return grad_x, found
+
+
+def _part_gradients(
+    x_NI: Tensor, grad_NO: Tensor, part: Part, lows: tuple[Tensor | None, Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of weight, bias, A and B; `lows` are x A' and its gradient."""
+    low_Nr, grad_Nr = lows
+    weight, bias, low, high = needs
+    found: list[Tensor | None] = [None] * TENSORS
+    if weight:
+        found[0] = grad_NO.T @ x_NI
+    if bias and part.bias_O is not None:
+        found[1] = grad_NO.sum(0)
+    if low and part.low_rI is not None and grad_Nr is not None:
+        found[2] = (grad_Nr.T @ x_NI).to(part.low_rI.dtype)
+    if high and part.high_Or is not None and low_Nr is not None:
+        # r rows of O is the faster way round for a product this thin.
+        found[3] = (low_Nr.T @ grad_NO).T.to(part.high_Or.dtype).mul(part.scaling)
+    return found
+
+
+def _lows(parts: Sequence[Part], dtype: torch.dtype) -> Tensor | None:
+    lows = [part.low_rI.to(dtype) for part in parts if part.low_rI is not None]
+    return torch.cat(lows) if len(lows) > 1 else lows[0] if lows else None
+
+
+def _low_gradient(grad_NO: Tensor, part: Part) -> Tensor:
+    if part.high_Or is None:
+        return grad_NO.new_zeros(len(grad_NO), 0)
+    return (grad_NO @ part.high_Or.to(grad_NO.dtype)).mul_(part.scaling)
+
+
+class PackedLinears:
+    """A group's weights copied side by side and laid out for few tokens at a time; for decoding, on a CPU.
+
+    In float32 the adapters are added to the copy. In bfloat16 that would lose most of them: there A stands below the
+    weights, and B is one block-diagonal matrix.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.dtype = parts[0].weight_OI.dtype
+        self.width = sum(len(part.weight_OI) for part in parts)
+        biases = [part.bias_O for part in parts if part.bias_O is not None]
+        self.bias_P = torch.cat(biases) if biases else None
+        self.high_RP: Tensor | None = None
+        if self.dtype == torch.float32:
+            rows = [part.folded() for part in parts]
+        else:
+            rows = [part.weight_OI for part in parts]
+            lows_RI = _lows(parts, self.dtype)
+            if lows_RI is not None:
+                rows.append(lows_RI)
+                self.high_RP = torch.block_diag(*(_scaled_high(part, self.dtype) for part in parts))
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(rows))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs of all parts side by side, [..., P] for [..., I]."""
+        out = onednn_product(x.to(self.dtype), self.weight)
+        if self.high_RP is not None:
+            base, low = out[..., : self.width].flatten(0, -2), out[..., self.width :].flatten(0, -2)
+            out = torch.addmm(base, low, self.high_RP).unflatten(0, x.shape[:-1])
+        return out if self.bias_P is None else out.add_(self.bias_P)
+
+
+def _scaled_high(part: Part, dtype: torch.dtype) -> Tensor:
+    """scaling * B', rO."""
+    if part.high_Or is None:
+        return part.weight_OI.new_zeros(0, len(part.weight_OI))
+    return (part.high_Or * part.scaling).to(dtype).T
