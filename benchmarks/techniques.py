@@ -20,12 +20,11 @@ from unittest.mock import patch
 
 import torch
 from peft.tuners.lora import Linear
-from torch.nn.functional import linear
 
 from benchmarks.common import MODELS, Worker, add_common_options, machine, run_plain, spread, table
 from benchmarks.workload import read_prompts, read_tokenizer
 from pipeline.config import validate
-from stages.core import attention, bank, blocks, logprobs, lora, products, trunk
+from stages.core import attention, bank, blocks, lora, trunk
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.logprobs import token_logprobs_and_entropy
 from stages.core.rollout import native
@@ -127,13 +126,6 @@ def transformers_blocks() -> Iterator[None]:
 
 
 @contextmanager
-def mkl() -> Iterator[None]:
-    """Products as PyTorch chooses them."""
-    with patch.object(products, "product", linear), patch.object(logprobs, "product", linear):
-        yield
-
-
-@contextmanager
 def unpacked() -> Iterator[None]:
     """Decoding on the weights as they lie, adapters beside them."""
     with patch.object(trunk, "packed_weights", lambda model: nullcontext(model.get_output_embeddings())):
@@ -182,7 +174,6 @@ def comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, 
         ("few sizes of bfloat16 products", "update", without(low.update, lambda: bf16_sizes), low.update),
         ("values read while decoding (`shared`)", "scoring", shared.score, shared.score_without_values),
         ("blocks written out", "update", without(fp32.update, transformers_blocks), fp32.update),
-        ("products by oneDNN in float32", "update", without(fp32.update, mkl), fp32.update),
         ("weights packed for decoding, float32", "rollout", without(fp32.rollout, unpacked), fp32.rollout),
         ("weights packed for decoding, bfloat16", "rollout", without(low.rollout, unpacked), low.rollout),
         (

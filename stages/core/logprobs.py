@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from stages.core import memory
-from stages.core.products import product
 
 # At most this many logits are alive at once. A CPU works on them several times, so they should stay in its cache.
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": memory.CHUNK_LOGITS}
@@ -111,9 +111,7 @@ def _softmax(
     hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """exp(logits - maximum), the sums of that, and the targets' log-probabilities; in place."""
-    logits_CV = product(hidden_CD, weight_VD).float()
-    if bias_V is not None:
-        logits_CV.add_(bias_V)
+    logits_CV = linear(hidden_CD, weight_VD, bias_V).float()
     if temperature != 1:
         logits_CV.div_(temperature)
     chosen_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
