@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.common import (
     MODELS,
@@ -233,12 +233,21 @@ def ratio_cells(arm_name: str, medians: Mapping[str, float]) -> list[str]:
     return [default, f"{min(alike) / medians[arm_name]:.2f}" if alike else "-"]
 
 
-def seconds_to(run: Run, target: float) -> tuple[float, int] | None:
-    """Seconds and updates until the mean score of the last updates reaches the target; None where it never does."""
+class Reached(NamedTuple):
+    """What it took to reach a score."""
+
+    seconds: float
+    cpu: float  # process seconds: what other processes take is not in it
+    updates: int
+
+
+def reach(run: Run, target: float) -> Reached | None:
+    """Until the mean score of the last updates reaches the target; None where it never does."""
     updates = run.output["updates"]
     for place in range(SCORE_WINDOW, len(updates) + 1):
         if statistics.fmean(update["score"] for update in updates[place - SCORE_WINDOW : place]) >= target:
-            return sum(update["total"] for update in updates[:place]), place
+            done = updates[:place]
+            return Reached(sum(each["total"] for each in done), sum(each["cpu"] for each in done), place)
     return None
 
 
@@ -248,21 +257,31 @@ def report_seconds(options: argparse.Namespace, runs: Sequence[Run]) -> str:
     places = sorted({max(round(options.updates * part / 4) - 1, 0) for part in range(5)})
     for arm in options.arms:
         own = [run for run in runs if run.arm == arm]
-        reached = [seconds_to(run, options.until_score) for run in own]
+        reached = [reach(run, options.until_score) for run in own]
         found = [each for each in reached if each is not None]
+        everywhere = len(found) == len(own)
         curve = [spread([run.output["updates"][place]["score"] for run in own]) for place in places]
         rows.append(
             [
                 arm,
-                spread([seconds for seconds, _ in found]) if len(found) == len(own) else "not in every seed",
-                ", ".join("-" if each is None else f"{each[0]:.0f}" for each in reached),
-                ", ".join("-" if each is None else str(each[1]) for each in reached),
+                spread([each.seconds for each in found]) if everywhere else "not in every seed",
+                spread([each.cpu for each in found]) if everywhere else "-",
+                ", ".join("-" if each is None else f"{each.cpu:.0f}" for each in reached),
+                ", ".join("-" if each is None else str(each.updates) for each in reached),
                 *curve,
                 f"{statistics.fmean(run.output['updates'][-1]['explained_variance'] for run in own):.2f}",
                 disturbance(own),
             ]
         )
-    headings = ["arm", "seconds", "each seed", "updates", *(f"score at {place + 1}" for place in places), "EV last"]
+    headings = [
+        "arm",
+        "seconds",
+        "CPU s",
+        "CPU s of each seed",
+        "updates",
+        *(f"score at {place + 1}" for place in places),
+        "EV last",
+    ]
     above = f"{options.model}, {options.lengths} lengths, to score {options.until_score}, seeds {options.seeds}"
     return "\n".join([above, machine(options.threads), "", table([*headings, "disturbed"], rows)])
 
