@@ -28,6 +28,7 @@ from stages.core.checkpoints import latest_checkpoint, save_checkpoint
 from stages.core.config import SharedConfig
 from stages.core.context import Interrupted, StageContext
 from stages.core.measure import peak_memory_bytes
+from stages.core.passes import tokens_multiple
 from stages.core.supervised_config import SupervisedSection
 from stages.core.tuning import save_weights
 
@@ -165,6 +166,11 @@ class StageTrainer(Trainer):
         self._tokens_before = 0
         self._step_rows: list[LabelledRow] = []
         super().__init__(train_dataset=run.dataset, data_collator=run.collate, callbacks=[SaveAndStop(run)], **options)
+
+    @property
+    def multiple(self) -> int:
+        """Of how many tokens a packed pass takes a multiple."""
+        return tokens_multiple(self.args.device, lowered=self.run.context.shared.dtype == "bfloat16")
 
     def summed_loss(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
         """The rows' losses, weighted and summed."""

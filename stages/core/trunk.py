@@ -13,19 +13,16 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from data.errors import UserError
 from stages.core import lora
-from stages.core.attention import Layout
+from stages.core.attention import decode_layout
 from stages.core.decoding import packed_weights
+from stages.core.kv_cache import KvCache
 from stages.core.models import backbone
+from stages.core.passes import check_head, packed_hidden, packed_hidden_at, tokens_multiple
 from stages.core.sequences import PackedBatch
-from stages.core.trim import trimmed
-
-HEAD_PROBE_TOKENS = 8
-COMPILED_MULTIPLE = 128
 
 
 class Trunk:
@@ -39,9 +36,7 @@ class Trunk:
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.autocast = autocast  # bfloat16 products over float32 weights: full fine-tuning keeps master weights
-        # On a CPU each new size of a bfloat16 product is compiled (0.8 ms, 0.7 MB): passes take a multiple of tokens.
-        lowered = autocast or model.dtype == torch.bfloat16
-        self.multiple = COMPILED_MULTIPLE if device.type == "cpu" and lowered else 1
+        self.multiple = tokens_multiple(device, lowered=autocast or model.dtype == torch.bfloat16)
         self.peft: PeftModel | None = None
         self.trainable: list[nn.Parameter] = []
         self._tuner_layers: list[BaseTunerLayer] = []
@@ -118,32 +113,30 @@ class Trunk:
 
     def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
         """Last hidden states ND of packed sequences under an adapter."""
-        return self.step(packed.tokens_1N, packed.position_ids_1N, packed.layout, adapter)
+        self.use(adapter)
+        with self._precision():
+            hidden_ND = packed_hidden(self.backbone, packed, multiple=self.multiple)
+        return hidden_ND.float() if self.autocast else hidden_ND
 
     def hidden_at(self, packed: PackedBatch, adapter: str | None, places_M: Tensor) -> Tensor:
         """Last hidden states MD at `places_M` of packed sequences, each place once: `hidden` for less."""
-        with trimmed(self.backbone, self._rounded_up(places_M, packed.tokens_1N.shape[1])):
-            return self.hidden(packed, adapter).index_select(0, places_M)
-
-    def _rounded_up(self, places_M: Tensor, tokens: int) -> Tensor:
-        """`places_M` and as many others as make their number one that the device knows already."""
-        missing = -len(places_M) % self.multiple
-        if missing == 0:
-            return places_M
-        unread = torch.ones(tokens, dtype=torch.bool, device=places_M.device)
-        unread[places_M] = False
-        return torch.cat([places_M, unread.nonzero()[:missing, 0]])
-
-    def step(self, tokens_1N: Tensor, position_ids_1N: Tensor, layout: Layout, adapter: str | None) -> Tensor:
-        """Last hidden states ND of tokens laid out as `layout` says (packed documents, or one decoding step)."""
         self.use(adapter)
-        tokens = tokens_1N.shape[1]
-        if layout.step is None and (missing := -tokens % self.multiple):
-            tokens_1N, position_ids_1N = pad(tokens_1N, (0, missing)), pad(position_ids_1N, (0, missing))
         with self._precision():
-            output = self.backbone(input_ids=tokens_1N, position_ids=position_ids_1N, layout=layout, use_cache=False)
-        hidden_ND = output.last_hidden_state[0, :tokens]
-        return hidden_ND.float() if self.autocast else hidden_ND
+            hidden_MD = packed_hidden_at(self.backbone, packed, places_M, multiple=self.multiple)
+        return hidden_MD.float() if self.autocast else hidden_MD
+
+    def step(self, tokens_B: Tensor, cache: KvCache, adapter: str | None) -> Tensor:
+        """Last hidden states BD after one more token for each sequence of a cache, which it joins."""
+        self.use(adapter)
+        with self._precision():
+            output = self.backbone(
+                input_ids=tokens_B[None],
+                position_ids=cache.lengths_B[None],
+                layout=decode_layout(cache),
+                use_cache=False,
+            )
+        cache.lengths_B = cache.lengths_B + 1
+        return output.last_hidden_state[0].float() if self.autocast else output.last_hidden_state[0]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
@@ -165,17 +158,8 @@ class Trunk:
 
     def check_head(self) -> None:
         """Raises UserError where the model's logits are more than its head applied to the last hidden state."""
-        packed = PackedBatch.of([list(range(1, 1 + HEAD_PROBE_TOKENS))], self.device)
-        with torch.no_grad(), self._precision():
-            whole = self.model(
-                input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=packed.layout, use_cache=False
-            ).logits[0]
-            ours = self.lm_head(self.hidden(packed, self._active))
-        if not torch.allclose(whole.float(), ours.float(), rtol=1e-3, atol=1e-3):
-            raise UserError(
-                f"{type(self.model).__name__}: its logits are scaled or capped after the head, which is not supported; "
-                "use another architecture"
-            )
+        with self._precision():
+            check_head(self.model)
 
     def save_adapter(self, name: str, folder: Path, base: str) -> None:
         """Writes one adapter in PEFT format; `base` is where a loader finds the base model."""

@@ -11,12 +11,13 @@ from data.prepare import prepare_preferences
 from stages.core.context import StageContext, StageResult
 from stages.core.models import open_encoder, resolve_model
 from stages.core.pairs import measure
+from stages.core.passes import check_head
 from stages.core.supervised import encode_rows, publish, tuning_request
 from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
 from stages.core.tuning import inner_model, tuned_model
 from stages.dpo.config import DpoConfig
 from stages.dpo.labels import refuse_margins
-from stages.dpo.trainer import DpoTrainer, check_head
+from stages.dpo.trainer import DpoTrainer
 
 
 def run(context: StageContext[DpoConfig]) -> StageResult:
@@ -47,5 +48,5 @@ def build_trainer(context: StageContext[DpoConfig], run: SupervisedRun) -> DpoTr
         args=DPOConfig(**options),
         processing_class=run.encoder.tokenizer,
     )
-    check_head(trainer.model, packing=context.shared.packing)
+    check_head(inner_model(trainer.model), packing=context.shared.packing)
     return trainer

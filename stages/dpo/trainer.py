@@ -12,32 +12,20 @@ from torch import Tensor, nn
 from trl import DPOTrainer
 
 from data.encoded import EncodedPreference
-from data.errors import UserError
 from stages.core.calibration import reward_figures
 from stages.core.logprobs import token_logprobs
 from stages.core.models import backbone
 from stages.core.padding import pad_right
 from stages.core.pairs import judged_pairs, pair_samples
-from stages.core.sequences import PackedBatch, ResponseBatch
-from stages.core.trim import trimmed
+from stages.core.passes import packed_hidden_at
+from stages.core.sequences import ResponseBatch
 from stages.core.trl_training import StageTrainer, SupervisedRun
 from stages.core.tuning import inner_model
 from stages.dpo.loss import LogRatios, dpo_loss, label_probability
 
 POLICY, REFERENCE = "default", "ref"  # the adapters, as peft and TRL name them
-PROBE = range(1, 9)  # tokens that show whether logits are the head's alone
 
 PairLogprobs = tuple[Tensor, Tensor]  # chosen_B and rejected_B, in nats, summed over the response
-
-
-def _inputs(packed: PackedBatch) -> dict[str, Any]:
-    """What a transformer is called with for packed sequences."""
-    return {
-        "input_ids": packed.tokens_1N,
-        "position_ids": packed.position_ids_1N,
-        "layout": packed.layout,
-        "use_cache": False,
-    }
 
 
 def pair_logprobs(
@@ -46,10 +34,12 @@ def pair_logprobs(
     *,
     packing: bool,
     precision: AbstractContextManager[object] | None = None,
+    multiple: int = 1,
 ) -> PairLogprobs:
     """Log-probability of each pair's chosen and rejected response, from one forward pass over all 2B sequences.
 
-    Only response positions pass through the head. `precision` is the autocast context.
+    Only response positions pass through the head. `precision` is the autocast context; a packed pass takes a multiple
+    of `multiple` tokens.
     """
     inner = inner_model(model)
     device = next(model.parameters()).device
@@ -62,32 +52,14 @@ def pair_logprobs(
     )
     with precision or nullcontext():
         if packing:
-            with trimmed(backbone(inner), batch.before_M):
-                hidden_ND = backbone(inner)(**_inputs(batch.packed)).last_hidden_state[0]
+            hidden_MD = packed_hidden_at(backbone(inner), batch.packed, batch.before_M, multiple=multiple)
         else:
             tokens_BS, mask_BS = pad_right(sequences, device)
             output = backbone(inner)(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
-            hidden_ND = output.last_hidden_state[mask_BS]
-        logprobs_M = token_logprobs(hidden_ND[batch.before_M], inner.get_output_embeddings(), batch.targets_M, 1.0)
+            hidden_MD = output.last_hidden_state[mask_BS][batch.before_M]
+        logprobs_M = token_logprobs(hidden_MD, inner.get_output_embeddings(), batch.targets_M, 1.0)
     chosen_B, rejected_B = torch.stack([part.sum() for part in logprobs_M.split(list(batch.lengths))]).chunk(2)
     return chosen_B, rejected_B
-
-
-def check_head(model: nn.Module, *, packing: bool) -> None:
-    """Raises UserError where the model's logits are more than its head applied to the last hidden state."""
-    inner = inner_model(model)
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(PROBE)], device=device), "use_cache": False}
-    if packing:
-        inputs = _inputs(PackedBatch.of([list(PROBE)], device))
-    with torch.no_grad():
-        whole = inner(**inputs).logits
-        ours = inner.get_output_embeddings()(backbone(inner)(**inputs).last_hidden_state)
-    if not torch.allclose(whole.float(), ours.float(), rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"{type(inner).__name__}: its logits are scaled or capped after the head, which dpo does not support; "
-            "use another architecture"
-        )
 
 
 class DpoTrainer(StageTrainer, DPOTrainer):
@@ -119,7 +91,8 @@ class DpoTrainer(StageTrainer, DPOTrainer):
     def logprobs(self, model: nn.Module, rows: Sequence[EncodedPreference]) -> PairLogprobs:
         """Both responses' log-probabilities under a model, in the run's precision."""
         packing = self.run.context.shared.packing
-        return pair_logprobs(model, rows, packing=packing, precision=self.accelerator.autocast())
+        precision = self.accelerator.autocast()
+        return pair_logprobs(model, rows, packing=packing, precision=precision, multiple=self.multiple)
 
     @torch.no_grad()
     def ref_logprobs(self, rows: Sequence[EncodedPreference]) -> PairLogprobs:

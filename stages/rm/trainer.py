@@ -15,8 +15,8 @@ from stages.core.calibration import JudgedPair, reward_figures
 from stages.core.models import backbone
 from stages.core.padding import pad_right
 from stages.core.pairs import judged_pairs, pair_samples
+from stages.core.passes import packed_hidden_at
 from stages.core.sequences import PackedBatch
-from stages.core.trim import trimmed
 from stages.core.trl_training import StageTrainer
 from stages.core.tuning import inner_model
 from stages.rm.loss import preference_loss
@@ -28,24 +28,19 @@ def last_token_scores(
     *,
     packing: bool,
     precision: AbstractContextManager[object] | None = None,
+    multiple: int = 1,
 ) -> Tensor:
     """score_B: the head at each sequence's last token, which is known by its place, never by looking for padding.
 
-    `precision` is the autocast context of the backbone; the head always runs in float32.
+    `precision` is the autocast context of the backbone; the head always runs in float32. A packed pass takes a multiple
+    of `multiple` tokens.
     """
     inner = inner_model(model)
     device = next(model.parameters()).device
     with precision or nullcontext():
         if packing:
             packed = PackedBatch.of(sequences, device)
-            with trimmed(backbone(inner), packed.last_B):
-                output = backbone(inner)(
-                    input_ids=packed.tokens_1N,
-                    position_ids=packed.position_ids_1N,
-                    layout=packed.layout,
-                    use_cache=False,
-                )
-            last_BD = output.last_hidden_state[0, packed.last_B]
+            last_BD = packed_hidden_at(backbone(inner), packed, packed.last_B, multiple=multiple)
         else:
             tokens_BS, mask_BS = pad_right(sequences, device)
             output = backbone(inner)(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
@@ -79,6 +74,7 @@ class RmTrainer(StageTrainer, RewardTrainer):
             [row.chosen for row in rows] + [row.rejected for row in rows],
             packing=self.run.context.shared.packing,
             precision=self.accelerator.autocast(),
+            multiple=self.multiple,
         )
         chosen_B, rejected_B = scores_2B.chunk(2)
         return chosen_B, rejected_B

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from data.encoded import EncodedDemonstration
 from stages.core.models import backbone
 from stages.core.padding import pad_right
+from stages.core.passes import packed_inputs, rounded_up
 from stages.core.sequences import PackedBatch
 from stages.core.trim import trimmed
 from stages.core.trl_training import Microbatch, StageTrainer
@@ -50,10 +51,11 @@ def measure(rows: Sequence[EncodedDemonstration]) -> Microbatch[EncodedDemonstra
     return Microbatch(rows, tokens=tokens, weight=float(sum(sum(row.loss_mask[1:]) for row in rows)))
 
 
-def summed_nll(model: nn.Module, rows: Sequence[EncodedDemonstration], *, packing: bool) -> Tensor:
+def summed_nll(model: nn.Module, rows: Sequence[EncodedDemonstration], *, packing: bool, multiple: int = 1) -> Tensor:
     """Negative log-likelihood, in nats, of all tokens to learn, summed (float32).
 
-    Packed, every row is a document of its own and logits are computed at the M needed places only.
+    Packed, every row is a document of its own, logits are computed at the M needed places only, and the pass takes a
+    multiple of `multiple` tokens.
     """
     places = LossPlaces.of(rows)
     sequences = [row.tokens for row in rows]
@@ -63,14 +65,10 @@ def summed_nll(model: nn.Module, rows: Sequence[EncodedDemonstration], *, packin
         packed = PackedBatch.of(sequences, device)
         starts_B = torch.tensor([0, *(len(sequence) for sequence in sequences[:-1])]).cumsum(0)
         before_M = (starts_B[places.row_M] + places.before_M).to(device)
-        with trimmed(backbone(inner_model(model)), before_M):
-            logits_MV = model(
-                input_ids=packed.tokens_1N,
-                position_ids=packed.position_ids_1N,
-                layout=packed.layout,
-                logits_to_keep=before_M,
-                use_cache=False,
-            ).logits[0]
+        keep = rounded_up(before_M, packed, multiple=multiple)
+        with trimmed(backbone(inner_model(model)), keep):
+            output = model(**packed_inputs(packed, multiple=multiple), logits_to_keep=keep)
+        logits_MV = output.logits[0, : len(before_M)]
     else:
         tokens_BS, mask_BS = pad_right(sequences, device)
         logits_BSV = model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False).logits
@@ -83,7 +81,7 @@ class SftTrainer(StageTrainer, SFTTrainer):
 
     def summed_loss(self, model: nn.Module, rows: Sequence[EncodedDemonstration]) -> Tensor:
         """Summed negative log-likelihood."""
-        return summed_nll(model, rows, packing=self.run.context.shared.packing)
+        return summed_nll(model, rows, packing=self.run.context.shared.packing, multiple=self.multiple)
 
     def holdout_figures(self, step: int) -> dict[str, float]:
         """Mean negative log-likelihood a token to learn, and its exponential."""

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.common import Quiet, Run, spread, table
 from benchmarks.floors import Shape, Tokens, phase_floors
-from benchmarks.ppo import seconds_to
+from benchmarks.ppo import Reached, reach
 
 SHAPE = Shape(trunk=100, head=20, lora=10, layers=2, hidden=4, kv_width=2)
 TOKENS = Tokens(prompt=6, response=4, sequences=2, epochs=3)
@@ -44,10 +44,10 @@ def test_only_pressure_that_others_made_disturbs(
 
 
 def test_seconds_until_the_mean_of_three_scores_reaches_the_target():
-    updates = [{"score": score, "total": 2.0} for score in (0.0, 0.9, 0.0, 0.0, 0.6, 0.6)]
+    updates = [{"score": score, "total": 2.0, "cpu": 1.5} for score in (0.0, 0.9, 0.0, 0.0, 0.6, 0.6)]
     run = Run("arm", 0, {"updates": updates}, 12.0, 12.0, QUIET)
-    assert seconds_to(run, 0.39) == (12.0, 6)  # (0 + 0.6 + 0.6) / 3; one lucky update before does not count
-    assert seconds_to(run, 0.5) is None
+    assert reach(run, 0.39) == Reached(12.0, 9.0, 6)  # (0 + 0.6 + 0.6) / 3; one lucky update before does not count
+    assert reach(run, 0.5) is None
 
 
 def test_cells_and_columns():

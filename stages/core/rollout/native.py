@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stages.core.attention import decode_layout, pack_layout
+from stages.core.attention import pack_layout
 from stages.core.bank import read_values
 from stages.core.kv_cache import KvCache
 from stages.core.rollout.protocol import Completion, Sampling
@@ -97,8 +97,7 @@ class NativeEngine:
             if len(keep) <= (1 - COMPACT_SHARE) * len(rows_B):
                 cache.select(keep)
                 rows_B, token_B = rows_B[keep], token_B[keep]
-            hidden_BD = self.trunk.step(token_B[None], cache.lengths_B[None], decode_layout(cache), self.adapter)
-            cache.lengths_B = cache.lengths_B + 1
+            hidden_BD = self.trunk.step(token_B, cache, self.adapter)
         return decoded
 
 
