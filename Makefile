@@ -9,7 +9,10 @@ INDEX_cpu := --extra-index-url https://download.pytorch.org/whl/cpu
 # The last TRL with a PPO trainer, beside the installed one: tests/parity and benchmarks/ppo.py compare with it.
 PEERS := .peers/trl-1.12
 
-.PHONY: install check test soak parity e2e mutants demo peers
+# Rollouts by vLLM, in an environment of its own: the GPU build where there is a GPU, else the CPU build.
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: install check test soak parity e2e mutants demo peers vllm
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,9 +21,14 @@ $(VENV)/.installed: pyproject.toml
 $(PEERS)/.installed: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) trl==1.12.0 && touch $@
 
+$(VLLM_VENV)/.installed: launch/install_vllm.py | $(VENV)/.installed
+	$(BIN)/python -m launch.install_vllm $(VLLM_VENV) && touch $@
+
 install: $(VENV)/.installed
 
 peers: $(PEERS)/.installed
+
+vllm: $(VLLM_VENV)/.installed
 
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

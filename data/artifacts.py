@@ -17,8 +17,8 @@ from typing import Any
 from data.errors import UserError
 
 MANIFEST = "artifact.json"
-# Scratch of a stage, not part of its result: resumable state and tracker logs.
-UNCOVERED = ("checkpoints", "trackers")
+# Scratch of a stage, not part of its result: resumable state, tracker logs, what a rollout server was handed and says.
+UNCOVERED = ("checkpoints", "trackers", "engine")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from typing import Any, TextIO
 
 from data.errors import UserError
 from stages.core.context import Interrupted
+from stages.core.rollout.protocol import EngineError
 
+FAILED = 1
 MENDABLE = 2
 STOPPED = 75
 
@@ -33,6 +35,9 @@ def answering(action: Callable[[], Answer], *, as_json: bool) -> int:
             answer = Answer({"status": "error", "problems": list(error.problems)}, lambda: None, MENDABLE)
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
+        except EngineError as error:
+            answer = Answer({"status": "error", "problems": [str(error)]}, lambda: None, FAILED)
+            print(f"error: {error}", file=sys.stderr)
         except Interrupted as error:
             reason = str(error) or "stopped between stages"
             answer = Answer({"status": "stopped", "reason": reason}, lambda: None, STOPPED)

@@ -105,6 +105,46 @@ def init(
     raise typer.Exit(_guarded(print_schema if schema else lambda: write_starter(file), as_json=False))
 
 
+StageDir = Annotated[str, typer.Argument(metavar="STAGE_DIR", help="A finished stage, a model folder or a hub id.")]
+
+
+@app.command(help="Talk to a policy in the terminal; Ctrl-D ends it.")
+def chat(
+    policy: StageDir,
+    engine: Annotated[Literal["auto", "native", "vllm"], typer.Option("--engine", help="Who samples.")] = "auto",
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of sampling.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed and words, the same answers.")] = 0,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Each line is a prompt by itself, without a chat template."),
+    ] = False,
+) -> None:
+    from launch.worker import set_environment
+
+    set_environment(None)
+    from launch import chat as chatting
+
+    options = chatting.ChatOptions(policy, engine, temperature, max_tokens, seed, plain)
+    raise typer.Exit(_guarded(lambda: chatting.chat(options), as_json=False))
+
+
+@app.command(help="Serve a policy by vLLM, with OpenAI's interface; to this machine alone, unless --host is given.")
+def serve(
+    policy: StageDir,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
+    token_env: Annotated[
+        str | None,
+        typer.Option("--token-env", metavar="NAME", help="Environment variable with the token; default: a new one."),
+    ] = None,
+) -> None:
+    from launch import serve as serving
+
+    options = serving.ServeOptions(policy, host, port, token_env)
+    raise typer.Exit(_guarded(lambda: serving.serve(options), as_json=False))
+
+
 def _guarded(action: Callable[[], "Answer"], *, as_json: bool) -> int:
     """The exit status of a command; prints its answer, or one line per mistake that the user can mend."""
     from launch.answer import answering

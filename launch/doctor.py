@@ -13,10 +13,12 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
+from data.errors import UserError
 from launch.answer import MENDABLE, Answer
+from stages.core.rollout.server import find_vllm
 
 _SHOWN = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-_OPTIONAL = ("deepspeed", "vllm", "wandb", "trackio")
+_OPTIONAL = ("deepspeed", "wandb", "trackio")
 _GIB = 2**30
 
 
@@ -33,7 +35,8 @@ class Check:
 def examine() -> Answer:
     """The state of this machine; status 2 where something required is missing or out of bounds."""
     checks = [_python(), *_packages(), *_optional_packages(), *_machine()]
-    checks += [Check("accelerators", _accelerators()), Check("would run here", _would_run())]
+    checks += [Check("accelerators", _accelerators()), Check("rollouts", _rollouts())]
+    checks += [Check("would run here", _would_run())]
     problems = [f"{check.what} {check.found}: {check.needed} is needed; {check.mend}" for check in checks if check.mend]
     data: dict[str, Any] = {
         "status": "error" if problems else "done",
@@ -89,7 +92,19 @@ def _package(requirement: Requirement) -> Check:
 
 def _optional_packages() -> list[Check]:
     installed = {name: _version(name) for name in _OPTIONAL}
-    return [Check(name, version or "not installed (optional)") for name, version in installed.items()]
+    checks = [Check(name, version or "not installed (optional)") for name, version in installed.items()]
+    return [*checks, _vllm()]
+
+
+def _vllm() -> Check:
+    """vLLM, which runs in an interpreter of its own."""
+    try:
+        found = find_vllm()
+    except UserError as error:
+        return Check("vllm", "unusable", "an interpreter with a known vllm, or none", str(error))
+    if found is None:
+        return Check("vllm", "not installed (optional; `make vllm`)")
+    return Check("vllm", f"{found.version} in {found.python}")
 
 
 def _version(name: str) -> str | None:
@@ -122,6 +137,18 @@ def _accelerators() -> str:
         return "none"
     devices = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
     return ", ".join(f"{device.name} ({device.total_memory / _GIB:.0f} GiB)" for device in devices)
+
+
+def _rollouts() -> str:
+    """What `engine: auto` comes to here, and whether vLLM could be named instead."""
+    if _version("torch") is None:
+        return "unknown without torch"
+    from stages.core.rollout.choice import choose_engine
+    from stages.core.rollout.config import EngineConfig
+
+    auto, named = (choose_engine(EngineConfig(engine=engine), "rollout") for engine in ("auto", "vllm"))
+    other = "" if auto.engine == "vllm" or named.problems else f"; engine=vllm would be {named.why}"
+    return f"auto is {auto.text}{other}"
 
 
 def _would_run() -> str:

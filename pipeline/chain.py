@@ -17,7 +17,7 @@ from pipeline.config import dump_config
 from pipeline.inputs import Run, require_inputs, stage_facts, stage_inputs, stage_key
 from pipeline.manifest import describe
 from pipeline.metrics import MetricsLog, View
-from pipeline.preflight import check_files
+from pipeline.preflight import check_present
 from pipeline.state import FACTS_FILE, Decision, Resume, decide
 from pipeline.trackers import check_trackers, open_trackers
 from stages.core.context import Interrupted, StageContext, StageResult
@@ -59,7 +59,7 @@ class Outcome:
 def run_stages(launch: Launch, names: Sequence[str]) -> list[Outcome]:
     """Runs the named stages in order, each as its folder's state asks. Raises UserError, Interrupted."""
     check_trackers(launch.run.config)
-    check_files(launch.run, names)
+    check_present(launch.run, names)
     with lock(launch.run.folder):
         outcomes: list[Outcome] = []
         resume = launch.resume

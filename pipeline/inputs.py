@@ -17,12 +17,18 @@ from data.paths import in_run
 from data.sources import SourceConfig, content_digest
 from pipeline.config import RunConfig
 from stages.core.reward_config import RewardConfig
+from stages.core.rollout.config import EngineConfig
 
 STAGES = ("toy", "sft", "rm", "dpo", "ppo", "eval")
 TRAINING = ("sft", "rm", "dpo", "ppo")
 # Shared settings that change a result. The others (name, trackers, keep_checkpoints, checkpoint_every, max_refused,
 # threads) say how a run is kept, watched or stopped; threads only reorder float sums.
 _SHARED_FACTS = ("seed", "dtype", "max_length", "overlong", "packing")
+# How a rollout server is reached, and when a run stops for it: neither changes what is learned.
+_ENGINE_FIELDS = (
+    *("servers", "server_count", "token_env", "timeout_s", "vllm_python"),
+    *("gpu_memory_share", "devices", "sleep", "max_sampler_kl"),
+)
 # Fields that name another stage's result or a model: they enter the key as inputs, by content and not by path.
 _INPUT_FIELDS = ("policy", "policies")
 
@@ -172,6 +178,7 @@ def _facts(value: object, name: str, run_folder: Path) -> Iterator[tuple[str, An
     if isinstance(value, BaseModel):
         left_out = {"path"} if isinstance(value, SourceConfig) else set[str]()
         left_out |= {"model", "function"} if isinstance(value, RewardConfig) else {*_INPUT_FIELDS}
+        left_out |= {*_ENGINE_FIELDS} if isinstance(value, EngineConfig) else set[str]()
         if isinstance(value, SourceConfig):
             yield f"{name}.rows", f"sha256:{content_digest(value, run_folder)}"
         for field in type(value).model_fields:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.errors import UserError
+from pipeline.engines import stage_engine
 from pipeline.inputs import Run, missing_inputs, stage_facts, stage_inputs
 from pipeline.plan_batches import ppo_arithmetic, supervised_arithmetic
 from pipeline.plan_data import DataPlan, check_data, unbuilt_sources
@@ -22,6 +23,7 @@ class StagePlan:
     data: DataPlan
     batches: list[str]
     memory: dict[str, int] | str
+    engine: str = ""  # that would sample, and where; empty: the stage samples nothing
     problems: list[str] = field(default_factory=list[str])
 
 
@@ -55,8 +57,12 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
         data = DataPlan(unchecked="see the errors")
+    engine = stage_engine(run, stage)
+    if engine is not None:
+        problems += engine.problems
     memory = memory_estimate(run, stage, data.longest) if stage != "toy" else "less than 1 GB"
-    return StagePlan(stage, action, why, data, _batches(run, stage, data), memory, problems)
+    batches, sampler = _batches(run, stage, data), engine.text if engine is not None else ""
+    return StagePlan(stage, action, why, data, batches, memory, sampler, problems)
 
 
 def _decision(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.artifacts import MANIFEST
+from pipeline.engines import stage_engine
 from pipeline.inputs import Run, stage_inputs
 from pipeline.model_files import model_config
 from pipeline.plan_data import tokenizer_place
@@ -43,11 +44,12 @@ def memory_estimate(run: Run, stage: str, longest: int) -> dict[str, int] | str:
             sizes["reference: weights"] = 4 * trained_parameters(shape, tuning)
         return sizes
     assert config.eval is not None
+    weights = {"one policy at a time: weights": base_bytes(shape, tuning, config.dtype)}
+    engine = stage_engine(run, stage)
+    if engine is not None and engine.engine != "native":
+        return weights  # the rollout's is in a process of its own
     kv_tokens = min(config.eval.max_prompts, _ROLLOUT_BATCH) * config.max_length
-    return {
-        "one policy at a time: weights": base_bytes(shape, tuning, config.dtype),
-        "one policy at a time: KV cache": shape.kv_cache_bytes(kv_tokens, BYTES[config.dtype]),
-    }
+    return weights | {"one policy at a time: KV cache": shape.kv_cache_bytes(kv_tokens, BYTES[config.dtype])}
 
 
 def _ppo(run: Run, section: PpoConfig, shape: ModelShape, tuning: Tuning) -> dict[str, int]:
@@ -68,6 +70,9 @@ def _ppo(run: Run, section: PpoConfig, shape: ModelShape, tuning: Tuning) -> dic
     for role, source in stage_inputs(run, "ppo").items():
         if role.startswith("reward") and ":" not in source:
             sizes[f"{role}: weights"] = _reward_bytes(run, source, shape, tuning)
+    engine = stage_engine(run, "ppo")
+    if engine is not None and engine.engine != "native":
+        return sizes  # the rollout's is in a process of its own
     if tuning.method == "lora" and config.dtype == "float32":
         sizes["rollout: weights with the adapter folded in"] = (
             4 * shape.layers * sum(inputs * outputs for inputs, outputs in shape.linear_shapes)

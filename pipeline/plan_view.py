@@ -20,6 +20,8 @@ def print_plan(plans: Sequence[StagePlan], console: Console) -> None:
         _print_data(plan.data, console)
         for line in plan.batches:
             console.print(f"  batches  {line}")
+        if plan.engine:
+            console.print(f"  rollouts {plan.engine}", highlight=False, markup=False)
         _print_memory(plan.memory, console)
         console.print()
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from data.errors import UserError
 from data.paths import STAGE_PREFIX
 from data.sources import source_files
+from pipeline.engines import stage_engine
 from pipeline.inputs import Run, absent_paths, stage_inputs
 from pipeline.plan_data import stage_sources
 
 
-def check_files(run: Run, stages: Sequence[str]) -> None:
-    """Raises UserError naming every data file, model folder and reward function of these stages that is not there."""
+def check_present(run: Run, stages: Sequence[str]) -> None:
+    """Raises UserError naming every data file, model folder, reward function and rollout engine that is not there."""
     problems: dict[str, None] = {}
     for stage in stages:
         problems |= dict.fromkeys(absent_paths(run, stage_inputs(run, stage)))
@@ -21,5 +22,7 @@ def check_files(run: Run, stages: Sequence[str]) -> None:
                 source_files(source, run.folder)
             except UserError as error:
                 problems |= dict.fromkeys(error.problems)
+        engine = stage_engine(run, stage)
+        problems |= dict.fromkeys(engine.problems if engine is not None else ())
     if problems:
         raise UserError(*problems)

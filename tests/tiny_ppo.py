@@ -65,7 +65,8 @@ def make_experience(bank: PolicyBank, base: Path, config: PpoConfig) -> Experien
         EncodedPrompt(encoder.prompt_tokens(text), Prompt(text, origin=f"prompts.jsonl:{row + 1}"))
         for row, text in enumerate(TEXTS[: config.prompts_per_update])
     ]
-    return collector.collect(prompts, 1, kl_coef=0.1, shaper=ScoreShaper(config.score))
+    responses = sampler.respond(prompts, "train", 1, config.samples_per_prompt)
+    return collector.collect(responses, kl_coef=0.1, shaper=ScoreShaper(config.score))
 
 
 def still_updater(bank: PolicyBank, config: PpoConfig, seed: int = 0, ptx: Ptx | None = None) -> Updater:

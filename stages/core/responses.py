@@ -12,7 +12,7 @@ from torch import Tensor
 from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from stages.core.rewards import Answered
-from stages.core.rollout.protocol import Completion, RolloutEngine, Sampling, rollout_seed
+from stages.core.rollout.protocol import Completion, EngineError, RolloutEngine, Sampling, rollout_seed
 from stages.core.sequences import ResponseBatch, split_by_budget
 
 
@@ -39,7 +39,7 @@ class Responses:
         return torch.arange(max(self.lengths))[None, :] < torch.tensor(self.lengths)[:, None]
 
     def logprobs(self) -> Tensor:
-        """Log-probabilities M at sampling time."""
+        """Log-probabilities M at sampling time, as the engine reported them."""
         return torch.tensor([logprob for completion in self.completions for logprob in completion.logprobs])
 
     def values(self) -> Tensor | None:
@@ -74,16 +74,45 @@ class Sampler:
     sampling: Sampling
     run_seed: int
 
-    def respond(self, prompts: Sequence[EncodedPrompt], purpose: str, update: int, samples: int = 1) -> Responses:
+    def respond(
+        self, prompts: Sequence[EncodedPrompt], purpose: str, update: int, samples: int = 1, *, version: int = 0
+    ) -> Responses:
         """`samples` responses to each prompt, a prompt's own beside each other."""
+        completions = self.draw(prompts, purpose, update, samples, version=version)
+        return self.read(prompts, completions, samples)
+
+    def draw(
+        self, prompts: Sequence[EncodedPrompt], purpose: str, update: int, samples: int = 1, *, version: int = 0
+    ) -> list[Completion]:
+        """What the engine answers, not decoded yet: all that a thread beside the training does.
+
+        `version` is the policy that was handed over last. Raises EngineError where another one answered, or too few.
+        """
         seeds = [
             [rollout_seed(self.run_seed, purpose, update, place, sample) for sample in range(samples)]
             for place in range(len(prompts))
         ]
         grouped = self.engine.generate([prompt.tokens for prompt in prompts], self.sampling, seeds)
+        if [len(group) for group in grouped] != [samples] * len(prompts):
+            raise EngineError(f"rollout engine: answered {sum(map(len, grouped))} of {samples * len(prompts)} requests")
         completions = [completion for group in grouped for completion in group]
+        check_versions(completions, version)
+        return completions
+
+    def read(self, prompts: Sequence[EncodedPrompt], completions: Sequence[Completion], samples: int = 1) -> Responses:
+        """Completions as `draw` gave them, with their texts."""
         texts = [self.encoder.decode_response(list(completion.tokens)) for completion in completions]
-        return Responses([prompt for prompt in prompts for _ in range(samples)], completions, texts)
+        return Responses([prompt for prompt in prompts for _ in range(samples)], list(completions), texts)
+
+
+def check_versions(completions: Sequence[Completion], version: int) -> None:
+    """Raises EngineError where not all completions are by the policy of this version."""
+    found = sorted({completion.version for completion in completions})
+    if found != [version]:
+        raise EngineError(
+            f"rollout engine: asked for policy version {version}, and version {', '.join(map(str, found))} answered; "
+            "a mixed or stale batch is not trained on"
+        )
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from data.paths import ConfigPath
 from data.sources import SourceConfig
 from stages.core.config import Section
 from stages.core.reward_config import RewardConfig
+from stages.core.rollout.config import EngineConfig
 
 
 class EvalConfig(Section):
@@ -28,6 +29,7 @@ class EvalConfig(Section):
     max_prompts: Annotated[int, Field(ge=1)] = 256
     response_length: Annotated[int, Field(ge=1)] = Field(64, description="most new tokens")
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    rollout: EngineConfig = Field(EngineConfig(), description="who samples, as in ppo.rollout")
     kl_budget: Annotated[float, Field(gt=0)] | None = Field(
         None, description="nats per response; the report says which policies stay within it"
     )

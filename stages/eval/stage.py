@@ -17,7 +17,7 @@ from stages.core.models import open_encoder
 from stages.core.responses import Responses
 from stages.core.rewards import RewardModel, Scorer, load_function
 from stages.eval.config import EvalConfig
-from stages.eval.policies import Policy, answer, kl_to_reference, load_view
+from stages.eval.policies import Policy, answer, engine_of, kl_to_reference, load_view
 from stages.eval.report import ENDED, KL, LENGTH, Findings, Measured, make_report
 
 
@@ -95,15 +95,17 @@ def sample_policies(
     for place, policy in enumerate(policies):
         _check_stop(context)
         view = load_view(policy.source, f"policy-{place}", builder) if place else reference
-        answers.append(
-            answer(
-                policy,
-                view,
-                max_new_tokens=config.response_length,
-                temperature=config.temperature,
-                run_seed=context.shared.seed,
+        with engine_of(context, policy, view) as engine:
+            answers.append(
+                answer(
+                    policy,
+                    view,
+                    engine,
+                    max_new_tokens=config.response_length,
+                    temperature=config.temperature,
+                    run_seed=context.shared.seed,
+                )
             )
-        )
         context.metrics.say(f"{policy.name} answered {len(policy.prompts)} prompts")
         kls[policy.name] = (
             kl_to_reference(policies[0], reference, policy, answers[-1], temperature=config.temperature)

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data.paths import ConfigPath
 from data.sources import SourceConfig
 from stages.core.config import Holdout, Section, TrainingSection
 from stages.core.reward_config import RewardConfig
+from stages.ppo.rollout_config import RolloutConfig
 
 
 class KlConfig(Section):
@@ -34,28 +35,6 @@ class KlConfig(Section):
                 "estimator=k1 with place=loss trains nothing: the expected gradient of k1 is zero; use k2 or k3"
             )
         return self
-
-
-class RolloutConfig(Section):
-    """How responses are sampled. `top_p` and `top_k` are keys only to be refused with a reason."""
-
-    engine: Literal["auto", "native"] = "auto"
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="applied alike in every log-probability"
-    )
-    top_p: float = Field(default=1.0, description="only 1: PPO needs the log-probabilities of what was sampled from")
-    top_k: int = Field(default=0, description="only 0 (all tokens), for the same reason")
-
-    @field_validator("top_p", "top_k")
-    @classmethod
-    def _whole_distribution(cls, value: float, info: ValidationInfo) -> float:
-        whole = cls.model_fields[str(info.field_name)].default
-        if value != whole:
-            raise ValueError(
-                "PPO's ratios need the log-probabilities of what was sampled from, and a cut distribution has others; "
-                f"use {whole:g}, and temperature for less spread"
-            )
-        return value
 
 
 class ScoreConfig(Section):

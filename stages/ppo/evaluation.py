@@ -20,9 +20,12 @@ class Evaluation:
     samples: list[Mapping[str, Any]]
 
 
-def evaluate(collector: Collector, prompts: Sequence[EncodedPrompt]) -> Evaluation:
-    """Mean score, KL to the reference (nats per response), length and share of ended responses on `prompts`."""
-    responses = collector.sampler.respond(prompts, "eval", 0)
+def evaluate(collector: Collector, prompts: Sequence[EncodedPrompt], version: int = 0) -> Evaluation:
+    """Mean score, KL to the reference (nats per response), length and share of ended responses on `prompts`.
+
+    `version` is that of the policy that the engine has.
+    """
+    responses = collector.sampler.respond(prompts, "eval", 0, version=version)
     scores = collector.scorer.score(responses.answered())
     kls = kl_per_response(
         responses,

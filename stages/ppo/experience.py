@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.encoded import EncodedPrompt
-from stages.core.bank import PolicyBank
+from stages.core.bank import PolicyBank, TokenOutputs
 from stages.core.ops import kl_estimate, masked_whiten
 from stages.core.responses import Responses, Sampler
 from stages.core.rewards import Scorer
@@ -33,17 +32,18 @@ class Experience:
     score_B: Tensor  # as the reward source gave it
     mask_BR: Tensor
     loss_mask_BR: Tensor  # True trains
-    logprobs_BR: Tensor
+    logprobs_BR: Tensor  # the trainer's, before the update
     ref_logprobs_BR: Tensor
     values_BR: Tensor | None
     advantages_BR: Tensor
     returns_BR: Tensor | None
-    rollout_seconds: float
     score_seconds: float
+    sampler_logprobs_BR: Tensor | None = None  # as the engine reported them; None: the sampler is the trainer
 
     def __post_init__(self) -> None:
         shape = self.mask_BR.shape
-        for name in ("loss_mask_BR", "logprobs_BR", "ref_logprobs_BR", "values_BR", "advantages_BR", "returns_BR"):
+        names = ("loss_mask_BR", "logprobs_BR", "ref_logprobs_BR", "sampler_logprobs_BR", "values_BR")
+        for name in (*names, "advantages_BR", "returns_BR"):
             each: Tensor | None = getattr(self, name)
             assert each is None or each.shape == shape, (name, each.shape, shape)
         assert (self.values_BR is None) == (self.returns_BR is None)
@@ -66,19 +66,22 @@ class Collector:
     device: torch.device
 
     def collect(
-        self, prompts: Sequence[EncodedPrompt], update: int, *, kl_coef: float, shaper: ScoreShaper
+        self, responses: Responses, rescored: TokenOutputs | None = None, *, kl_coef: float, shaper: ScoreShaper
     ) -> Experience:
-        """One update's experience; `shaper` counts its scores."""
+        """One update's experience from its responses; `shaper` counts their scores.
+
+        `rescored` is what the trainer says of tokens that another program sampled; None: the policy itself sampled.
+        """
         config = self.config
         started = time.perf_counter()
-        responses = self.sampler.respond(prompts, "train", update, config.samples_per_prompt)
-        sampled = time.perf_counter()
         scores = self.scorer.score(responses.answered())
         mask_BR = responses.mask()
         loss_mask_BR = mask_BR & trains(responses, config)[:, None]
-        logprobs_BR = _padded(responses.logprobs(), mask_BR)
+        sampler_logprobs_BR = _padded(responses.logprobs(), mask_BR)
+        logprobs_BR = sampler_logprobs_BR if rescored is None else _padded(rescored.logprobs_M, mask_BR)
         ref_logprobs_BR = self.ref_logprobs(responses, mask_BR)
-        values_BR, after_B = self.values(responses, mask_BR) if config.has_critic else (None, None)
+        read_M = responses.values() if rescored is None else rescored.values_M
+        values_BR, after_B = self.values(responses, mask_BR, read_M) if config.has_critic else (None, None)
         kl_BR = kl_estimate(logprobs_BR, ref_logprobs_BR, config.kl.estimator)
         shaped_B = shaped_scores(scores, responses, config, shaper)
         reward_BR = token_rewards(shaped_B, kl_BR, loss_mask_BR, kl_coef if config.kl.place == "reward" else 0.0)
@@ -93,9 +96,18 @@ class Collector:
             values_BR=values_BR,
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
-            rollout_seconds=sampled - started,
-            score_seconds=time.perf_counter() - sampled,
+            score_seconds=time.perf_counter() - started,
+            sampler_logprobs_BR=None if rescored is None else sampler_logprobs_BR,
         )
+
+    @torch.no_grad()
+    def rescored(self, responses: Responses) -> TokenOutputs:
+        """What the policy says of responses that another program sampled: log-probabilities M, and a shared critic's
+        values, which the same pass gives."""
+        parts = [self.bank.outputs(batch) for batch in self._batches(responses)]
+        values = [part.values_M.float().cpu() for part in parts if part.values_M is not None]
+        logprobs_M = torch.cat([part.logprobs_M.float().cpu() for part in parts])
+        return TokenOutputs(logprobs_M, torch.cat(values) if values else None, None)
 
     @torch.no_grad()
     def ref_logprobs(self, responses: Responses, mask_BR: Tensor) -> Tensor:
@@ -104,15 +116,15 @@ class Collector:
         return _padded(torch.cat(parts), mask_BR)
 
     @torch.no_grad()
-    def values(self, responses: Responses, mask_BR: Tensor) -> tuple[Tensor, Tensor]:
+    def values(self, responses: Responses, mask_BR: Tensor, read_M: Tensor | None) -> tuple[Tensor, Tensor]:
         """The critic's values BR, and B what it expects after each response's last token.
 
         0 after a response that ended by itself. After one that was cut off, the value of the state that its last token
-        leads to where `bootstrap_truncated` is on, else 0 too. Values that the rollout read are not computed again.
+        leads to where `bootstrap_truncated` is on, else 0 too. `read_M`, values that came with the rollout or with the
+        rescoring, are not computed again.
         """
         values: list[Tensor] = []
         after_B = torch.zeros(len(mask_BR))
-        read_M = responses.values()
         if read_M is not None and not self.config.bootstrap_truncated:
             values = [read_M]
         elif self.config.bootstrap_truncated:

@@ -1,7 +1,8 @@
 """PPO: reads a policy, a reward and prompts; writes the improved policy.
 
-One update: prompts → responses → scores, reference log-probabilities, values → rewards → advantages → epochs of
-minibatches → KL controller. `../ppo` holds a file for each part; this one is the sequence.
+One update: prompts → responses, rescored where another program sampled → scores, reference log-probabilities, values →
+rewards → advantages → epochs of minibatches → KL controller. `../ppo` holds a file for each part; this one is the
+sequence.
 """
 
 import time
@@ -16,21 +17,26 @@ from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from data.errors import UserError
 from data.prepare import Prepared, prepare_prompts
-from stages.core.bank import BankBuilder
+from stages.core.bank import BankBuilder, PolicyBank, TokenOutputs
 from stages.core.checkpoints import latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted, StageContext, StageResult
 from stages.core.measure import peak_memory_bytes
 from stages.core.models import end_tokens, open_encoder
 from stages.core.ops import explained_variance, masked_mean
-from stages.core.responses import Sampler
+from stages.core.responses import Responses, Sampler
+from stages.core.rollout.choice import choose_engine
 from stages.core.rollout.native import NativeEngine
-from stages.core.rollout.protocol import Sampling
+from stages.core.rollout.policy_files import policy_files
+from stages.core.rollout.protocol import EngineError, RolloutEngine, Sampling
+from stages.core.rollout.start import FOLDER, computing_dtype, start_engine
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import KlController, ScoreShaper
 from stages.ppo.evaluation import Evaluation, evaluate
 from stages.ppo.experience import Collector, Experience
+from stages.ppo.importance import check_sampler, importance_figures, sampler_kl
 from stages.ppo.order import rows_after
 from stages.ppo.ptx import load_ptx
+from stages.ppo.rollouts import Rollout, Rollouts
 from stages.ppo.state import PpoState
 from stages.ppo.update import Updater, build_optimizer
 
@@ -43,33 +49,48 @@ class Ppo:
     encoder: ChatEncoder
     prompts: Prepared[EncodedPrompt]
     collector: Collector
+    rollouts: Rollouts
     updater: Updater
     state: PpoState
+
+    @property
+    def held_out(self) -> list[EncodedPrompt]:
+        """The prompts of an evaluation."""
+        return (self.prompts.holdout or self.prompts.train)[: self.context.config.eval_prompts]
 
 
 def run(context: StageContext[PpoConfig]) -> StageResult:
     """Trains the policy and publishes it; resumes from the newest valid checkpoint of the same key.
 
-    Raises Interrupted once a checkpoint is written after a stop was asked for.
+    Raises Interrupted once a checkpoint is written after a stop was asked for, and EngineError, with a checkpoint of
+    the last whole update, where the rollout engine fails.
     """
     ppo = build(context)
-    checkpoint = latest_checkpoint(context.out / "checkpoints", context.key)
-    if checkpoint is not None:
-        ppo.state.load(checkpoint.path, ppo.collector.bank, ppo.updater.optimizer)
-        context.metrics.say(f"resumed after update {ppo.state.update} of {context.config.updates}")
-    # Without a checkpoint the samples taken before the first update go too.
-    context.metrics.rewind(ppo.state.update if checkpoint else -1)
-    context.metrics.start(context.config.updates, "update")
-    train_loop(ppo)
+    try:
+        checkpoint = latest_checkpoint(context.out / "checkpoints", context.key)
+        if checkpoint is not None:
+            ppo.state.load(checkpoint.path, ppo.collector.bank, ppo.updater.optimizer)
+            context.metrics.say(f"resumed after update {ppo.state.update} of {context.config.updates}")
+        # Without a checkpoint the samples taken before the first update go too.
+        context.metrics.rewind(ppo.state.update if checkpoint else -1)
+        context.metrics.start(context.config.updates, "update")
+        train_loop(ppo)
+    except EngineError as error:
+        if not ppo.state.update:
+            raise
+        _save(ppo)
+        raise EngineError(f"{error}; saved after update {ppo.state.update}, the same command resumes") from error
+    finally:
+        ppo.rollouts.close()
     publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
     best = {f"best/{name}": value for name, value in ppo.state.best.items()}
     return StageResult("policy", metrics=ppo.state.last | best, parents=context.parents())
 
 
 def build(context: StageContext[PpoConfig]) -> Ppo:
-    """Loads prompts, models and rewards.
+    """Loads prompts, models and rewards, and starts the rollout engine.
 
-    Raises UserError for prompts, models and rewards that cannot be used.
+    Raises UserError for prompts, models, rewards and engines that cannot be used.
     """
     config, shared = context.config, context.shared
     encoder = open_encoder(context.inputs["policy"], shared)
@@ -83,16 +104,48 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
     if config.has_critic:
         reward = reward_models[0] if reward_models else None
         builder.add_critic(bank, config.critic, tuning, reward, init=config.value_init)
-    ends = end_tokens(encoder, bank.policy.trunk.model)
-    shared_head = bank.value_head if bank.value is None else None
-    engine = NativeEngine(bank.policy.trunk, bank.policy.adapter, value_head=shared_head)
-    sampling = Sampling(config.response_length, config.rollout.temperature, ends)
-    sampler = Sampler(engine, encoder, sampling, shared.seed)
-    collector = Collector(bank, sampler, scorer, config, builder.device)
     ptx = load_ptx(context, encoder, builder.device)
     updater = Updater(bank, config, build_optimizer(bank, config), builder.device, shared.seed, ptx)
     state = PpoState(KlController(config.kl, config.kl.coef), ScoreShaper(config.score))
-    return Ppo(context, encoder, prompts, collector, updater, state)
+    ends = end_tokens(encoder, bank.policy.trunk.model)
+    sampling = Sampling(config.response_length, config.rollout.temperature, ends)
+    sampler = Sampler(_start_engine(context, bank), encoder, sampling, shared.seed)  # last: from here on it is closed
+    collector = Collector(bank, sampler, scorer, config, builder.device)
+    rollouts = Rollouts(
+        sampler,
+        lambda update: _prompts_of(prompts.train, update, state, context),
+        updates=config.updates,
+        samples=config.samples_per_prompt,
+        staleness=config.rollout.staleness,
+    )
+    return Ppo(context, encoder, prompts, collector, rollouts, updater, state)
+
+
+def _start_engine(context: StageContext[PpoConfig], bank: PolicyBank) -> RolloutEngine:
+    config = context.config
+    choice = choose_engine(config.rollout, "ppo.rollout", staleness=config.rollout.staleness)
+    if choice.engine != "native":
+        context.metrics.say(f"rollouts by {choice.text}")
+    trunk = bank.policy.trunk
+    shared_head = bank.value_head if bank.value is None else None
+    return start_engine(
+        choice,
+        config.rollout,
+        NativeEngine(trunk, bank.policy.adapter, value_head=shared_head),
+        lambda: policy_files(bank, computing_dtype(trunk)),
+        max_length=context.shared.max_length,
+        responses=config.rollout_batch_size,
+        folder=context.out / FOLDER,
+    )
+
+
+def _prompts_of(
+    prompts: Sequence[EncodedPrompt], update: int, state: PpoState, context: StageContext[PpoConfig]
+) -> list[EncodedPrompt]:
+    """The prompts of an update to come: the next ones after those that have trained, and after its forerunners'."""
+    count = context.config.prompts_per_update
+    cursor = state.cursor + (update - 1 - state.update) * count
+    return rows_after(prompts, cursor, count, seed=context.shared.seed, purpose="prompts")
 
 
 def _prompts(context: StageContext[PpoConfig], encoder: ChatEncoder) -> Prepared[EncodedPrompt]:
@@ -118,49 +171,80 @@ def _prompts(context: StageContext[PpoConfig], encoder: ChatEncoder) -> Prepared
 
 
 def train_loop(ppo: Ppo) -> None:
-    """Runs the updates that are left."""
+    """Runs the updates that are left, and the evaluation that an engine's failure left out."""
     context, config, state = ppo.context, ppo.context.config, ppo.state
-    checkpoints = context.out / "checkpoints"
-    held_out = (ppo.prompts.holdout or ppo.prompts.train)[: config.eval_prompts]
     if not ppo.prompts.holdout:
         context.metrics.say("no prompts are held out: evaluations use training prompts; set ppo.holdout to mend that")
     start: dict[str, float] = {}
     if state.update == 0:
-        start = _evaluate(ppo, held_out, "eval_start")
-    while state.update < config.updates:
+        start = _evaluate(ppo, "eval_start")
+    while state.update < config.updates or state.unlogged:
         began = time.perf_counter()
-        update = state.update + 1
-        prompts = rows_after(
-            ppo.prompts.train, state.cursor, config.prompts_per_update, seed=context.shared.seed, purpose="prompts"
-        )
-        kl_coef = state.kl.coef
-        experience = ppo.collector.collect(prompts, update, kl_coef=kl_coef, shaper=state.shaper)
-        trained = time.perf_counter()
-        figures = ppo.updater.update(experience, update, kl_coef)
-        update_seconds = time.perf_counter() - trained
-        state.update, state.cursor = update, state.cursor + len(prompts)
-        figures |= _count(state, experience) | start | {"time/update_s": update_seconds, "kl/coef": kl_coef}
-        if update > config.critic_warmup:  # before, the policy stands on the reference and says nothing about beta
-            state.kl.update(figures["kl/ref_mean"])
+        if not state.unlogged:
+            state.unlogged = start | train_once(ppo)
+        figures, update = state.unlogged, state.update
         if update % config.eval_every == 0 or update == config.updates:
-            figures |= _evaluate(ppo, held_out, "eval")
+            figures = figures | _evaluate(ppo, "eval")
         figures["seconds"] = time.perf_counter() - began
         context.metrics.log(update, figures)
-        start, state.last = {}, figures
+        start, state.last, state.unlogged = {}, figures, {}
         stop = context.should_stop()
         if stop or update % context.shared.checkpoint_every == 0 or update == config.updates:
-            save_checkpoint(
-                checkpoints,
-                update,
-                lambda folder: state.save(folder, ppo.collector.bank, ppo.updater.optimizer),
-                key=context.key,
-                keep=context.shared.keep_checkpoints,
-            )
+            _save(ppo)
         if stop and update < config.updates:
             raise Interrupted(f"ppo: stopped after update {update} of {config.updates}")
 
 
-def _count(state: PpoState, experience: Experience) -> dict[str, float]:
+def train_once(ppo: Ppo) -> dict[str, float]:
+    """One update, counted in the state; its figures. Where the engine fails, nothing has changed."""
+    state, config = ppo.state, ppo.context.config
+    update, kl_coef = state.update + 1, state.kl.coef
+    rollout = ppo.rollouts.take(update)
+    probe = ppo.rollouts.go_ahead(update)
+    for line in ppo.rollouts.newly_lost():
+        ppo.context.metrics.say(line)
+    rescored, sampler_figures = _rescored(ppo, rollout, probe)
+    experience = ppo.collector.collect(rollout.responses, rescored, kl_coef=kl_coef, shaper=state.shaper)
+    trained = time.perf_counter()
+    figures = ppo.updater.update(experience, update, kl_coef)
+    update_seconds = time.perf_counter() - trained
+    state.update, state.cursor = update, state.cursor + config.prompts_per_update
+    figures |= sampler_figures | _count(state, experience, rollout)
+    figures |= importance_figures(experience, config.rollout.importance_cap)
+    if update > config.critic_warmup:  # before, the policy stands on the reference and says nothing about beta
+        state.kl.update(figures["kl/ref_mean"])
+    return figures | {"time/update_s": update_seconds, "kl/coef": kl_coef}
+
+
+def _rescored(ppo: Ppo, rollout: Rollout, probe: Responses | None) -> tuple[TokenOutputs | None, dict[str, float]]:
+    """What the trainer says of the rollout, where another program sampled it; and how far the two are apart.
+
+    They are compared on tokens that came from the same weights: the rollout's own, or a probe's where it is stale.
+    """
+    if ppo.rollouts.is_policy:
+        return None, {}
+    rescored = ppo.collector.rescored(rollout.responses)
+    if probe is not None:
+        kl = sampler_kl(probe.logprobs(), ppo.collector.rescored(probe).logprobs_M)
+    elif rollout.staleness == 0:
+        kl = sampler_kl(rollout.responses.logprobs(), rescored.logprobs_M)
+    else:
+        return rescored, {}
+    return rescored, check_sampler(kl, ppo.context.config.rollout.max_sampler_kl, ppo.state.update)
+
+
+def _save(ppo: Ppo) -> None:
+    context = ppo.context
+    save_checkpoint(
+        context.out / "checkpoints",
+        ppo.state.update,
+        lambda folder: ppo.state.save(folder, ppo.collector.bank, ppo.updater.optimizer),
+        key=context.key,
+        keep=context.shared.keep_checkpoints,
+    )
+
+
+def _count(state: PpoState, experience: Experience, rollout: Rollout) -> dict[str, float]:
     """Advances the counters by one experience; the metrics that describe it."""
     responses, mask_BR = experience.responses, experience.mask_BR
     response_tokens = int(mask_BR.sum())
@@ -177,9 +261,11 @@ def _count(state: PpoState, experience: Experience) -> dict[str, float]:
         "policy/entropy": float(masked_mean(-experience.logprobs_BR, mask_BR)),
         "response/length_mean": float(lengths.mean()),
         "response/eos_fraction": sum(responses.finished) / len(responses.finished),
-        "time/rollout_s": experience.rollout_seconds,
+        "rollout/staleness": rollout.staleness,
+        "time/rollout_s": rollout.seconds,
+        "time/rollout_wait_s": rollout.waited_seconds,
         "time/score_s": experience.score_seconds,
-        "throughput/response_tokens_per_s": response_tokens / experience.rollout_seconds,
+        "throughput/response_tokens_per_s": response_tokens / rollout.seconds,
         "memory/peak_bytes": peak_memory_bytes(),
     }
 
@@ -192,10 +278,11 @@ def _value_figures(experience: Experience) -> dict[str, float]:
     return {"value/explained_variance": float(explained_variance(values_BR, returns_BR, experience.loss_mask_BR))}
 
 
-def _evaluate(ppo: Ppo, prompts: Sequence[EncodedPrompt], name: str) -> dict[str, float]:
+def _evaluate(ppo: Ppo, name: str) -> dict[str, float]:
     """Metrics of the held-out prompts under `name`; texts go to the sample log, the best evaluation to the state."""
-    evaluation: Evaluation = evaluate(ppo.collector, prompts)
     state = ppo.state
+    ppo.rollouts.sync(state.update)
+    evaluation: Evaluation = evaluate(ppo.collector, ppo.held_out, state.update)
     ppo.context.metrics.samples(state.update, evaluation.samples)
     if not state.best or evaluation.figures["score_mean"] > state.best["score_mean"]:
         state.best = evaluation.figures | {"update": float(state.update)}

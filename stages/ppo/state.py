@@ -14,7 +14,7 @@ from stages.core.bank import PolicyBank
 from stages.ppo.control import KlController, ScoreShaper
 
 WEIGHTS, OPTIMIZER, STATE, GENERATORS = "weights.safetensors", "optimizer.pt", "state.json", "generators.pt"
-FIELDS = ("update", "cursor", "episodes", "tokens", "best", "last")
+FIELDS = ("update", "cursor", "episodes", "tokens", "best", "last", "unlogged")
 
 
 @dataclass
@@ -29,6 +29,8 @@ class PpoState:
     tokens: int = 0  # prompt and response tokens of those
     best: dict[str, float] = field(default_factory=dict[str, float])  # the evaluation with the highest score so far
     last: dict[str, float] = field(default_factory=dict[str, float])  # figures of the latest update
+    # Figures of an update that trained, but whose evaluation an engine's failure prevented; a resume goes on with it.
+    unlogged: dict[str, float] = field(default_factory=dict[str, float])
 
     def save(self, folder: Path, bank: PolicyBank, optimizer: torch.optim.Optimizer) -> None:
         """Writes everything into an empty folder."""

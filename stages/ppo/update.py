@@ -19,6 +19,7 @@ from stages.core.rollout.protocol import rollout_seed
 from stages.core.sequences import ResponseBatch
 from stages.ppo.config import PpoConfig
 from stages.ppo.experience import Experience
+from stages.ppo.importance import importance_weights
 from stages.ppo.loss import policy_loss, value_loss
 from stages.ppo.ptx import Ptx
 
@@ -51,6 +52,15 @@ class Part:
     def sampled(self, values_BR: Tensor) -> Tensor:
         """What the experience holds for the tokens that train, one after the other."""
         return values_BR[self.rows][self.experience.loss_mask_BR[self.rows]].to(self.device)
+
+    def weights(self, cap: float | None) -> Tensor | None:
+        """Importance weights M of the tokens that train; None: all 1, the policy itself sampled, or no `cap`."""
+        experience = self.experience
+        if cap is None or experience.sampler_logprobs_BR is None:
+            return None
+        return importance_weights(
+            self.sampled(experience.logprobs_BR), self.sampled(experience.sampler_logprobs_BR), cap
+        )
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,7 @@ class Updater:
             config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
+            weights_M=part.weights(config.rollout.importance_cap),
         )
         terms = {"policy/loss": (1.0, loss_policy)}
         if outputs.entropy_M is not None:

@@ -237,7 +237,8 @@ class Run:
         sampling = Sampling(self.config.response_length, TEMPERATURE, (encoder.tokenizer.eos_token_id,))
         sampler = Sampler(Replay(completions), encoder, sampling, 0)
         collector = Collector(bank, sampler, scorer, self.config, CPU)
-        return collector.collect(prompts, 1, kl_coef=self.config.kl.coef, shaper=ScoreShaper(self.config.score))
+        responses = sampler.respond(prompts, "train", 1)
+        return collector.collect(responses, kl_coef=self.config.kl.coef, shaper=ScoreShaper(self.config.score))
 
     def longer(self, experience: Experience, bank: PolicyBank) -> Experience:
         """The experience with TRL's slot; its values are those of the critic, its other tensors padded with 0.

@@ -16,6 +16,7 @@ from pipeline.inputs import Run, stage_inputs
 from pipeline.metrics import MetricsLog, read_metrics
 from stages.core.bank import BankBuilder
 from stages.core.context import Interrupted, StageContext
+from stages.core.rollout.native import NativeEngine
 from stages.eval.config import EvalConfig
 from stages.eval.figures import Mean
 from stages.eval.policies import answer, kl_to_reference, load_view
@@ -146,7 +147,8 @@ def test_kl_is_the_sampled_difference_of_log_probabilities(models: Path, tmp_pat
     builder = BankBuilder(context.shared)
     reference, view = (load_view(policy.source, f"p{place}", builder) for place, policy in enumerate(policies))
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": TEMPERATURE, "run_seed": 0}
-    answers = answer(policies[1], view, **options)
+    engine = NativeEngine(view.trunk, view.adapter)
+    answers = answer(policies[1], view, engine, **options)
     kls = kl_to_reference(policies[0], reference, policies[1], answers, temperature=TEMPERATURE)
     first, second = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("first", "second"))
     expected = [
@@ -155,8 +157,10 @@ def test_kl_is_the_sampled_difference_of_log_probabilities(models: Path, tmp_pat
     ]
     assert kls == pytest.approx(expected, abs=1e-3)
     assert max(map(abs, expected)) > 0.1
-    assert answer(policies[1], view, **options).texts == answers.texts  # the same seeds, the same words
-    own_answers = answer(policies[0], reference, **options)
+    assert (
+        answer(policies[1], view, NativeEngine(view.trunk, view.adapter), **options).texts == answers.texts
+    )  # the same seeds, the same words
+    own_answers = answer(policies[0], reference, NativeEngine(reference.trunk, reference.adapter), **options)
     own = kl_to_reference(policies[0], reference, policies[0], own_answers, temperature=TEMPERATURE)
     assert own == pytest.approx([0.0] * 5, abs=1e-4)
 
@@ -165,7 +169,9 @@ def test_policies_of_different_vocabularies_have_no_kl(models: Path, tmp_path: P
     context = stage_context(models, tmp_path / "eval")
     policies = open_policies(context, [])
     view = load_view(policies[0].source, "p", BankBuilder(context.shared))
-    answers = answer(policies[1], view, max_new_tokens=4, temperature=1.0, run_seed=0)
+    answers = answer(
+        policies[1], view, NativeEngine(view.trunk, view.adapter), max_new_tokens=4, temperature=1.0, run_seed=0
+    )
     policies[1].encoder.tokenizer.add_tokens(["<new>"])
     assert kl_to_reference(policies[0], view, policies[1], answers, temperature=1.0) is None
 

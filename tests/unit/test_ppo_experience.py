@@ -22,6 +22,7 @@ from stages.core.sequences import ResponseBatch
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import KlController, ScoreShaper
 from stages.ppo.experience import Collector, Experience
+from stages.ppo.rollouts import Rollout
 from stages.ppo.stage import _count
 from stages.ppo.state import PpoState
 from tests.tiny import tiny_model_folder
@@ -89,7 +90,8 @@ def collect(
         EncodedPrompt(encoder.prompt_tokens(text), Prompt(text, origin=f"prompts.jsonl:{row + 1}"))
         for row, text in enumerate(TEXTS)
     ]
-    return collector.collect(prompts, 1, kl_coef=BETA, shaper=shaper or ScoreShaper(config.score))
+    responses = sampler.respond(prompts, "train", 1, config.samples_per_prompt)
+    return collector.collect(responses, kl_coef=BETA, shaper=shaper or ScoreShaper(config.score))
 
 
 def rewards_of(experience: Experience) -> list[float]:
@@ -99,7 +101,11 @@ def rewards_of(experience: Experience) -> list[float]:
 
 
 def figures_of(experience: Experience, config: PpoConfig) -> dict[str, float]:
-    return _count(PpoState(KlController(config.kl, BETA), ScoreShaper(config.score)), experience)
+    return _count(
+        PpoState(KlController(config.kl, BETA), ScoreShaper(config.score)),
+        experience,
+        Rollout(experience.responses, seconds=1.0),
+    )
 
 
 def test_the_responses_of_these_tests_end_in_both_ways(base: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.inputs import Run, stage_facts
 from pipeline.metrics import MetricsLog
 from pipeline.plan_batches import ppo_arithmetic
 from pipeline.plan_data import check_data
-from pipeline.preflight import check_files
+from pipeline.preflight import check_present
 from stages.core.bank import PolicyBank
 from stages.core.config import SharedConfig
 from stages.core.context import Interrupted, StageContext
@@ -257,7 +257,7 @@ def test_the_pipeline_reads_the_demonstrations_as_it_reads_prompts(base: Path, t
     assert [piece.text for piece in plan.examples[3] if piece.trained] == [" cat</s>"]
     assert run.config.ppo is not None
     assert ppo_arithmetic(run.config.ppo)[-1] == "ptx: 3 demonstrations in every optimizer step of the policy"
-    check_files(run, ["ppo"])
+    check_present(run, ["ppo"])
 
     demos = tmp_path / "demos.jsonl"
     facts, digest = stage_facts(run, "ppo"), sha256_file(demos)
@@ -267,4 +267,4 @@ def test_the_pipeline_reads_the_demonstrations_as_it_reads_prompts(base: Path, t
     assert changed == {"ppo.ptx.data.0.rows"}
     demos.unlink()
     with pytest.raises(UserError, match=r"demos\.jsonl"):
-        check_files(planned(), ["ppo"])
+        check_present(planned(), ["ppo"])

@@ -41,6 +41,11 @@ class NativeEngine:
         self.adapter = adapter
         self.value_head = value_head
         self.batch_size = batch_size
+        self.version = 0
+
+    def sync(self, version: int) -> None:
+        """Names the policy's version; there is nothing to hand over."""
+        self.version = version
 
     @torch.no_grad()
     def generate(
@@ -72,7 +77,7 @@ class NativeEngine:
         uniforms_BR = _uniforms(flat_seeds, sampling.max_new_tokens).to(device)
         decoded = self._decode(cache, hidden_LD[owner_B], uniforms_BR, sampling, head)
         completions: list[list[Completion]] = [[] for _ in prompts]
-        for owner, completion in zip(owners, decoded.completions(), strict=True):
+        for owner, completion in zip(owners, decoded.completions(self.version), strict=True):
             completions[owner].append(completion)
         return completions
 
@@ -138,8 +143,8 @@ class Decoded:
         self.finished_B[live_rows] = is_end_B[live_B]
         return self.finished_B[rows_B]
 
-    def completions(self) -> Iterator[Completion]:
-        """Each response, cut to its length."""
+    def completions(self, version: int) -> Iterator[Completion]:
+        """Each response, cut to its length, by the policy of this version."""
         values = [None] * len(self.lengths_B) if self.values_BR is None else self.values_BR.tolist()
         rows = zip(
             self.tokens_BR.tolist(),
@@ -151,7 +156,7 @@ class Decoded:
         )
         for tokens, logprobs, length, finished, own in rows:
             read = None if own is None else tuple(own[:length])
-            yield Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished, read)
+            yield Completion(tuple(tokens[:length]), tuple(logprobs[:length]), finished, read, version)
 
 
 def rows_to_keep(ended_B: Tensor) -> Tensor:

@@ -23,10 +23,19 @@ class Completion:
     logprobs: tuple[float, ...]
     finished: bool  # False: cut at max_new_tokens
     values: tuple[float, ...] | None = None  # a critic's, of the state before each token, where the engine read them
+    version: int = 0  # of the policy that sampled it, as `sync` named it
+
+
+class EngineError(Exception):
+    """A rollout engine failed: it died, hung, or answered what cannot be used. One line that names it."""
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the current policy."""
+    """Samples responses from the policy as it was handed over last."""
+
+    def sync(self, version: int) -> None:
+        """Hands over the policy as it is now; completions from here on carry `version`."""
+        ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
