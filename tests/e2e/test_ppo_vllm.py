@@ -133,7 +133,8 @@ def test_a_lost_server_leaves_the_state_kept(
     began = time.monotonic()
     code, output = finish(process)
     assert code == 1, output
-    assert time.monotonic() - began < TIMEOUT + 10
+    training = max(column(tmp_path, "seconds"))  # the update under way is not the engine's time
+    assert time.monotonic() - began < TIMEOUT + 10 + training
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output
     done = len(metrics(tmp_path))
