@@ -44,6 +44,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "hf-logprobs": _hf("float32", logprobs=True),
     "hf-merged": _hf("float32", merged=True),
     "hf-merged-bf16": _hf("bfloat16", merged=True),
+    "vllm-server": {"engine": "vllm-server", "dtype": "float32"},
     "vllm": {"engine": "vllm", "dtype": "float32"},
     "vllm-bf16": {"engine": "vllm", "dtype": "bfloat16"},
 }
@@ -98,6 +99,7 @@ def worker(options: argparse.Namespace, arm_name: str, workload: Path) -> Worker
     arm = ARMS[arm_name]
     spec = {name: getattr(options, name) for name in ("rank", "response_length", "rollouts", "threads")}
     spec |= {"arm": arm, "folder": str(workload), "max_length": options.response_length + 256}
+    spec |= {"vllm_python": options.vllm_python}
     if arm["engine"] == "vllm":
         return Worker("benchmarks.rollout_vllm", spec, interpreter=options.vllm_python or sys.executable)
     return Worker("benchmarks.rollout_local", spec)

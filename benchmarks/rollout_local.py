@@ -1,10 +1,12 @@
-"""Rollouts of one LoRA policy by the native engine, or by `transformers.generate` on a padded batch.
+"""Rollouts of one LoRA policy by the engines of PPO, or by `transformers.generate` on a padded batch.
 
 Run as a worker: `python -m benchmarks.rollout_local SPEC RESULT`. Legend: B prompts, S prompt and response.
 """
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +17,54 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import clock, measure_peaks, read_spec, resident_peak, write_result
 from benchmarks.workload import read_prompts, read_tokenizer
 from pipeline.config import validate
-from stages.core.bank import BankBuilder
+from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.rollout.native import NativeEngine
-from stages.core.rollout.protocol import Sampling
+from stages.core.rollout.policy_files import policy_files
+from stages.core.rollout.protocol import RolloutEngine, Sampling
+from stages.core.rollout.vllm import VllmEngine, VllmOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Rollout = Callable[[int], list[int]]
 """A seed -> the length of each response."""
 
 
-def native(spec: Mapping[str, Any], prompts: list[list[int]]) -> Rollout:
+@contextmanager
+def native(spec: Mapping[str, Any], prompts: list[list[int]]) -> Iterator[Rollout]:
     """The engine that PPO uses, on the bank that PPO builds; it gives log-probabilities with the tokens."""
+    policy = _bank(spec).policy
+    yield _by_engine(spec, prompts, NativeEngine(policy.trunk, policy.adapter))
+
+
+@contextmanager
+def vllm_server(spec: Mapping[str, Any], prompts: list[list[int]]) -> Iterator[Rollout]:
+    """A server as PPO starts one; each rollout begins with handing the adapter over."""
+    policy = policy_files(_bank(spec), spec["arm"]["dtype"])
+    options = VllmOptions(spec["max_length"], batch_size=len(prompts), python=spec["vllm_python"])
+    with tempfile.TemporaryDirectory() as folder, VllmEngine.start(policy, options, Path(folder)) as engine:
+        yield _by_engine(spec, prompts, engine)
+
+
+def _bank(spec: Mapping[str, Any]) -> PolicyBank:
     folder = Path(spec["folder"])
     tuning = {"method": "lora", "rank": spec["rank"], "alpha": 2 * spec["rank"]}
     shared = validate({"base_model": str(folder / "policy"), "dtype": spec["arm"]["dtype"], "tuning": tuning}, [folder])
-    policy = BankBuilder(shared).policy_bank(str(folder / "policy-lora"), shared.tuning, 1.0).policy
-    engine = NativeEngine(policy.trunk, policy.adapter)
-    sampling = Sampling(spec["response_length"], 1.0, (read_tokenizer(folder / "policy").eos_token_id,))
+    return BankBuilder(shared).policy_bank(str(folder / "policy-lora"), shared.tuning, 1.0)
+
+
+def _by_engine(spec: Mapping[str, Any], prompts: list[list[int]], engine: RolloutEngine) -> Rollout:
+    ends = (read_tokenizer(Path(spec["folder"]) / "policy").eos_token_id,)
+    sampling = Sampling(spec["response_length"], 1.0, ends)
 
     def rollout(seed: int) -> list[int]:
+        engine.sync(seed + 1)
         seeds = [[seed * len(prompts) + place] for place in range(len(prompts))]
         return [len(own[0].tokens) for own in engine.generate(prompts, sampling, seeds)]
 
     return rollout
 
 
-def transformers_generate(spec: Mapping[str, Any], prompts: list[list[int]]) -> Rollout:
+@contextmanager
+def transformers_generate(spec: Mapping[str, Any], prompts: list[list[int]]) -> Iterator[Rollout]:
     """The usual way: left-padded prompts; with `logprobs` also the sampled tokens' log-probabilities, as PPO needs."""
     folder, arm = Path(spec["folder"]), spec["arm"]
     tokenizer = read_tokenizer(folder / "policy")
@@ -71,10 +95,10 @@ def transformers_generate(spec: Mapping[str, Any], prompts: list[list[int]]) -> 
         ended_BR = (output.sequences[:, width:] == tokenizer.eos_token_id).cumsum(1)
         return ((ended_BR == 0).sum(1) + (ended_BR[:, -1] > 0)).tolist()
 
-    return rollout
+    yield rollout
 
 
-ENGINES = {"native": native, "transformers": transformers_generate}
+ENGINES = {"native": native, "vllm-server": vllm_server, "transformers": transformers_generate}
 
 
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,20 +106,20 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(spec["threads"])
     libraries = resident_peak()
     prompts = [row["tokens"] for row in read_prompts(Path(spec["folder"]))]
-    rollout = ENGINES[spec["arm"]["engine"]](spec, prompts)
     updates: list[dict[str, float]] = []
-    for seed in range(spec["rollouts"]):
-        began, cpu = clock(), time.process_time()
-        lengths = rollout(seed)
-        updates.append(
-            {
-                "total": clock() - began,
-                "cpu": time.process_time() - cpu,
-                "prompt_tokens": sum(map(len, prompts)),
-                "response_tokens": sum(lengths),
-                "longest": max(lengths),
-            }
-        )
+    with ENGINES[spec["arm"]["engine"]](spec, prompts) as rollout:
+        for seed in range(spec["rollouts"]):
+            began, cpu = clock(), time.process_time()
+            lengths = rollout(seed)
+            updates.append(
+                {
+                    "total": clock() - began,
+                    "cpu": time.process_time() - cpu,
+                    "prompt_tokens": sum(map(len, prompts)),
+                    "response_tokens": sum(lengths),
+                    "longest": max(lengths),
+                }
+            )
     peak = resident_peak()
     return {"updates": updates, "peak_bytes": peak, "libraries_bytes": libraries, "peaks": measure_peaks()}
 
