@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear
 from benchmarks.common import MODELS, Worker, add_common_options, machine, run_plain, spread, table
 from benchmarks.workload import read_prompts, read_tokenizer
 from pipeline.config import validate
-from stages.core import attention, bank, blocks, lora, trunk
+from stages.core import attention, bank, blocks, lora, passes, trunk
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.logprobs import token_logprobs_and_entropy
 from stages.core.rollout import native
@@ -150,7 +150,12 @@ def comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, 
 
     bf16_sizes = patch.object(low.bank.policy.trunk, "multiple", 1)
     return [
-        ("LoRA product in place", "update", without(fp32.update, pefts_layers), fp32.update),
+        (
+            "LoRA product in place, in transformers' blocks",
+            "update",
+            without(fp32.update, transformers_blocks, pefts_layers),
+            without(fp32.update, transformers_blocks),
+        ),
         (
             "log-probabilities' derivative taken on the way forward",
             "update",
@@ -160,7 +165,7 @@ def comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, 
         (
             "last feed-forward part on read tokens only",
             "update",
-            without(fp32.update, lambda: patch.object(trunk, "trimmed", lambda *_: nullcontext())),
+            without(fp32.update, lambda: patch.object(passes, "trimmed", lambda *_: nullcontext())),
             fp32.update,
         ),
         (
