@@ -14,7 +14,7 @@ from stages.core.rollout.choice import choose_engine
 from stages.core.rollout.config import EngineConfig
 from stages.core.rollout.policy_files import served_form
 from stages.core.rollout.server import ENTRY, NOT_PASSED_ON, Vllm, find_vllm
-from stages.core.rollout.vllm_servers import BASE, GIB, STEP_TOKENS, room_for
+from stages.core.rollout.vllm_servers import BASE, GIB, room_for, whole_prompts
 from stages.core.trunk import read_adapter
 
 NAME = "policy"  # the model's name for clients
@@ -76,9 +76,8 @@ def _template(folder: str) -> list[str]:
 
 
 def cpu_arguments(max_length: int) -> list[str]:
-    """What a server without a GPU needs: a bounded cache, no compiler, and prompts in one piece (see vllm_servers)."""
-    whole = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(STEP_TOKENS, max_length)))
-    return ["--enforce-eager", "--kv-cache-memory-bytes", str(GIB), *whole]
+    """What a server without a GPU needs: a bounded cache, no compiler, and prompts in one piece."""
+    return ["--enforce-eager", "--kv-cache-memory-bytes", str(GIB), *whole_prompts(max_length)]
 
 
 def _token(options: ServeOptions) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ class SupervisedRun(Generic[RowT]):
         return {"microbatch": self.measure([self.rows[example["row"]] for example in examples])}
 
 
-class StageTrainer(Trainer):
+class StageTrainer(Trainer, ABC):
     """Mixed in before a TRL trainer: rows in, one metrics line a step, our checkpoints.
 
     A subclass defines `summed_loss`. The loss of a step is the sum over all its rows divided by the sum of their
@@ -172,13 +173,13 @@ class StageTrainer(Trainer):
         """Of how many tokens a packed pass takes a multiple."""
         return tokens_multiple(self.args.device, lowered=self.run.context.shared.dtype == "bfloat16")
 
+    @abstractmethod
     def summed_loss(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
         """The rows' losses, weighted and summed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def holdout_figures(self, step: int) -> dict[str, float]:
         """The holdout's figures by metric name, `eval/loss` among them; draws no random numbers."""
-        raise NotImplementedError
 
     def step_figures(self) -> dict[str, float]:
         """More figures of the step just taken, by metric name; asked for once a step."""

@@ -56,23 +56,19 @@ def train(folder: Path, base: Path, critic: str, seed: int) -> Outcome:
     )
 
 
-def check(outcome: Outcome) -> None:
-    """The bounds, for any critic and seed."""
-    assert outcome.start < 0.3
-    assert outcome.score > 0.8
-    assert outcome.explained_variance > 0.2
+EVERY = [(critic, seed) for critic in ("adapter", "shared", "model") for seed in range(4)]
+SOON = {("adapter", 0), ("shared", 0)}  # the others are for `make soak`
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", ["adapter", "shared"])
-def test_ppo_walks_the_shortest_path_and_its_critic_knows_where(tmp_path: Path, base: Path, critic: str) -> None:
-    check(train(tmp_path, base, critic, seed=0))
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.parametrize("critic", ["adapter", "shared", "model"])
-def test_it_does_so_with_every_critic_and_seed(tmp_path: Path, base: Path, critic: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("critic", "seed"), [pytest.param(*case, marks=[] if case in SOON else pytest.mark.soak) for case in EVERY]
+)
+def test_ppo_walks_the_shortest_path_and_its_critic_knows_where(
+    tmp_path: Path, base: Path, critic: str, seed: int
+) -> None:
     outcome = train(tmp_path, base, critic, seed)
     print(f"{critic} seed {seed}: {outcome}")
-    check(outcome)
+    assert outcome.start < 0.3
+    assert outcome.score > 0.8
+    assert outcome.explained_variance > 0.2

@@ -23,9 +23,17 @@ def launch(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def check(folder: Path, seed: int) -> None:
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)])
+def test_the_chain_lifts_the_true_quality(tmp_path: Path, seed: int) -> None:
+    out = tmp_path / "out"
     began = time.monotonic()
-    answer = launch(folder, "run", "quickstart", f"seed={seed}", "--out", str(folder / "out"))
+    answer = launch(tmp_path, "run", "quickstart", f"seed={seed}", "--out", str(out))
     seconds = time.monotonic() - began
     figures = answer["report"]["figures"]
     gain = figures["differences"]["ppo - sft"]["gold"]
@@ -39,20 +47,9 @@ def check(folder: Path, seed: int) -> None:
     assert 0 < kl <= budget
     assert figures["policies"]["ppo"]["ended"]["mean"] > 0.9
     assert seconds < WIDTH * LONGEST_SECONDS
-    peak = max(row["memory/peak_bytes"] for row in lines(folder / "out" / "ppo" / "metrics.jsonl"))
+    peak = max(row["memory/peak_bytes"] for row in lines(out / "ppo" / "metrics.jsonl"))
     assert peak < MOST_BYTES
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_chain_lifts_the_true_quality(tmp_path: Path) -> None:
-    check(tmp_path, seed=0)
-    out = tmp_path / "out"
-    again = launch(tmp_path, "run", "quickstart", "--out", str(out))
+    again = launch(tmp_path, "run", "quickstart", f"seed={seed}", "--out", str(out))
     assert [stage["action"] for stage in again["stages"]] == ["skipped"] * 5
     samples = lines(out / "eval" / "samples.jsonl")
     asked = {row["prompt"][0]["content"] for row in samples}
@@ -61,10 +58,3 @@ def test_the_chain_lifts_the_true_quality(tmp_path: Path) -> None:
         assert not asked & {row["prompt"][0]["content"] for row in rows}
     steps = [row["step"] for row in lines(out / "toy" / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_seeds_do_the_same(tmp_path: Path, seed: int) -> None:
-    check(tmp_path, seed=seed)

@@ -13,6 +13,7 @@ from stages.core.padding import pad_right
 from stages.core.pairs import measure as measure_pairs
 from stages.core.supervised_config import SupervisedSection
 from stages.core.trl_training import row_order
+from stages.dpo.trainer import pair_logprobs
 from stages.rm.trainer import last_token_scores
 from stages.sft.trainer import LossPlaces, measure, summed_nll
 from tests.supervised import token_demonstrations, token_preferences
@@ -100,6 +101,25 @@ def test_packed_is_padded_for_scores(reward_model) -> None:
     padded_B = last_token_scores(reward_model, sequences, packing=False)
     reward_model.set_attn_implementation(attention.NAME)
     torch.testing.assert_close(packed_B, padded_B, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("multiple", [16, 1024])
+def test_tokens_that_make_up_a_multiple_change_nothing(packed_model, reward_model, multiple: int) -> None:
+    """Fewer and more of them than there are tokens; PPO, SFT, the reward model and DPO take such passes in bfloat16."""
+    rows, pairs = token_demonstrations(5), token_preferences(5)
+    sequences = [row.chosen for row in pairs]
+    expected = summed_nll(packed_model, rows, packing=True)
+    assert summed_nll(packed_model, rows, packing=True, multiple=multiple).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+    torch.testing.assert_close(
+        last_token_scores(reward_model, sequences, packing=True, multiple=multiple),
+        last_token_scores(reward_model, sequences, packing=True),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    padded, plain = (pair_logprobs(packed_model, pairs, packing=True, multiple=each) for each in (multiple, 1))
+    torch.testing.assert_close(padded, plain, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -109,6 +109,7 @@ def test_the_owner_is_killed(ids: Path):
     owner.kill()
     owner.wait()
     _until(lambda: _living(ids) == [] and not (ids.parent / "scratch").exists(), keeper.GRACE_SECONDS + 5)
+    assert [path.name for path in ids.parent.iterdir()] == ["ids"]
 
 
 def test_an_owner_that_died_before_the_start_leaves_nothing(ids: Path):

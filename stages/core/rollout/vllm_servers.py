@@ -112,6 +112,14 @@ def own_arguments(policy: "PolicyFiles", options: VllmOptions, vllm: Vllm) -> li
     return arguments if _compiles(options, vllm) else [*arguments, "--enforce-eager"]
 
 
+def whole_prompts(max_length: int) -> tuple[str, ...]:
+    """Arguments for prompts in one piece.
+
+    One prefilled in parts winds its seed back by a guess; a CPU's generator cannot: it ends the server.
+    """
+    return "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(STEP_TOKENS, max_length))
+
+
 def own_variables(policy: "PolicyFiles", options: VllmOptions, vllm: Vllm, place: int) -> dict[str, str]:
     """Environment variables of the server number `place`; what it serves beyond completions is decided here."""
     variables: dict[str, str] = {}
