@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import clock
+from launch.worker import set_environment
 from pipeline.config import validate
 from pipeline.inputs import Run, stage_inputs
 from stages.core.context import StageContext
@@ -43,7 +44,8 @@ class Recorder:
 
 
 def run_stage(stage: str, config: Mapping[str, Any], folder: Path) -> Recorder:
-    """What the stage reported; its artifact goes to `folder/STAGE`."""
+    """What the stage reported, in the environment that `launch` makes; its artifact goes to `folder/STAGE`."""
+    set_environment(None)
     run, recorder = Run(validate(dict(config), [folder]), None, folder), Recorder()
     (folder / stage).mkdir(parents=True, exist_ok=True)
     context = StageContext[Any](

@@ -32,7 +32,10 @@ LONGEST_REASON = 200
 LONGEST_TEMPORARY = 48  # vLLM's own sockets below it take some 50 letters
 STOP_SECONDS = keeper.GRACE_SECONDS + 5
 # Of the trainer, and not for another interpreter.
-NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY")
+NOT_PASSED_ON = (
+    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY"),
+    *("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"),
+)
 
 
 @dataclass(frozen=True)
