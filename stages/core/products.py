@@ -46,8 +46,18 @@ def parts_from(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> l
     return [Part(*tensors[start : start + TENSORS], scaling) for start, scaling in zip(starts, scalings, strict=True)]  # type: ignore[arg-type]
 
 
+def _folds(x_NI: Tensor, parts: Sequence[Part]) -> bool:
+    """Whether the adapters go into copies of the weights: for many tokens that costs less than the thin products.
+
+    A copy costs r I O operations and the thin products beside a weight N r (I + O). It must be exact to rounding.
+    """
+    return x_NI.dtype == torch.float32 and len(x_NI) > x_NI.shape[1] and any(part.rank for part in parts)
+
+
 def project(x_NI: Tensor, parts: Sequence[Part]) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs NO of each part, and x A' of all side by side, NR, which the gradients need."""
+    """The outputs NO of each part; and x A' of all side by side, NR, where it was needed for them."""
+    if _folds(x_NI, parts):
+        return [linear(x_NI, part.folded(), part.bias_O) for part in parts], None
     dtype = x_NI.dtype
     lows_RI = _lows(parts, dtype)
     low_NR = None if lows_RI is None else x_NI @ lows_RI.T
@@ -77,13 +87,17 @@ def project_back(
     `grads` are of the outputs NO, in x's dtype; the gradients of a part come in the dtypes of its tensors.
     """
     lows_RI = _lows(parts, x_NI.dtype)
+    if low_NR is None and lows_RI is not None:
+        low_NR = x_NI @ lows_RI.T
     grad_NR = None if lows_RI is None else torch.cat(list(map(_low_gradient, grads, parts)), 1)
     grad_x = None
     if input_needed:
-        grad_x = grads[0] @ parts[0].weight_OI
-        for grad_NO, part in zip(grads[1:], parts[1:], strict=True):
-            grad_x.addmm_(grad_NO, part.weight_OI)
-        if grad_NR is not None and lows_RI is not None:
+        folds = _folds(x_NI, parts)
+        weights = (part.folded() if folds else part.weight_OI for part in parts)
+        grad_x = grads[0] @ next(weights)
+        for grad_NO, weight_OI in zip(grads[1:], weights, strict=True):
+            grad_x.addmm_(grad_NO, weight_OI)
+        if not folds and grad_NR is not None and lows_RI is not None:
             grad_x.addmm_(grad_NR, lows_RI)
     found: list[Tensor | None] = []
     start = 0
