@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import sys
 from dataclasses import dataclass
 from typing import NoReturn
@@ -33,6 +34,7 @@ class ServeOptions:
 def serve(options: ServeOptions) -> NoReturn:
     """Becomes the server: signals and the exit status are its own. Raises UserError where it cannot be started."""
     found = find_policy(options.policy)
+    _check_address(options)
     choice = choose_engine(EngineConfig(engine="vllm"), "serve")
     vllm = find_vllm()
     if choice.problems or vllm is None:
@@ -78,6 +80,18 @@ def _template(folder: str) -> list[str]:
 def cpu_arguments(max_length: int) -> list[str]:
     """What a server without a GPU needs: a bounded cache, no compiler, and prompts in one piece."""
     return ["--enforce-eager", "--kv-cache-memory-bytes", str(GIB), *whole_prompts(max_length)]
+
+
+def _check_address(options: ServeOptions) -> None:
+    """Raises UserError where the server could not listen: it would find out half a minute later, with a traceback."""
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((options.host, options.port), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"--host {options.host} --port {options.port}: cannot be listened on ({error.strerror or error}); "
+            "give another"
+        ) from error
 
 
 def _token(options: ServeOptions) -> str:

@@ -121,6 +121,18 @@ def test_a_token_that_is_not_set_is_one_line(policy: Path) -> None:
     assert served.stderr.count("error: ") == 1
 
 
+def test_a_port_that_is_taken_is_one_line(policy: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "launch", "serve", str(policy), "--port", str(port)]
+        served = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120, check=False
+        )
+    assert served.returncode == 2
+    assert served.stderr.startswith(f"error: --host 127.0.0.1 --port {port}: cannot be listened on (Address already")
+    assert served.stderr.count("\n") == 1
+
+
 def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
