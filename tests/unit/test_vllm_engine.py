@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,11 @@ def write(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def engine_on(folder: Path, *stubs: Stub) -> Generator[VllmEngine]:
+def engine_on(folder: Path, *stubs: Stub, timeout_s: float = TIMEOUT) -> Generator[VllmEngine]:
     """An engine on these servers; each is `first`, `second`, … in errors by its address."""
     with contextlib.ExitStack() as open_servers:
         urls = tuple(open_servers.enter_context(serving(stub.answer)) for stub in stubs)
-        options = VllmOptions(max_length=16, urls=urls, timeout_s=TIMEOUT, batch_size=2)
+        options = VllmOptions(max_length=16, urls=urls, timeout_s=timeout_s, batch_size=2)
         policy = PolicyFiles("base", "adapter", "float32", write, rank=4)
         with VllmEngine.start(policy, options, folder) as engine:
             yield engine
@@ -170,6 +171,20 @@ def test_at_the_end_no_adapter_and_no_file_of_ours_is_left(tmp_path: Path):
             assert len(stub.adapters) == 1
     assert stub.adapters == set()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_ends_the_calls_that_another_thread_has_under_way(tmp_path: Path):
+    stub = Stub(fault="hangs")
+    with ThreadPoolExecutor(1) as thread:
+        with engine_on(tmp_path, stub, timeout_s=60) as engine:
+            engine.sync(2)
+            drawn = thread.submit(answers, engine)
+            while stub.asked["batch"] < 2:
+                time.sleep(0.01)
+            engine.close()
+            with pytest.raises(EngineError, match="no server is left"):  # else the answers would come in the end
+                drawn.result()
+        assert stub.adapters == set()
 
 
 def test_a_policy_that_a_server_refuses_is_a_users_matter(tmp_path: Path):

@@ -3,12 +3,14 @@
 Every call has a deadline of its own; whatever goes wrong is a `ServerError` that says so in one line.
 """
 
+import contextlib
 import http.client
 import json
 import math
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,17 @@ class Client:
         self.address = address
         self.token = token
         self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()  # of calls under way
+        self._hung_up = False
+
+    def hang_up(self) -> None:
+        """Ends the calls under way in other threads, with a ServerError each; none is made from here on."""
+        with self._lock:
+            self._hung_up = True
+            for sock in self._open:
+                with contextlib.suppress(OSError):  # the server was first
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def complete(self, model: str, request: Request, sampling: Sampling, version: int) -> Completion:
         """One response by the weights that the server knows as `model`, the policy of `version`.
@@ -107,10 +120,11 @@ class Client:
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
         try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, headers)
-            response = connection.getresponse()
-            content = _read(connection.sock or None, response, limit)
+            with self._connected(connection) as sock:
+                text = None if body is None else json.dumps(body)
+                connection.request(method, path, text, headers)
+                response = connection.getresponse()
+                content = _read(sock, response, limit)
         except TimeoutError as error:
             raise ServerError(f"{path}: no answer within {limit:g} s") from error
         except (OSError, http.client.HTTPException) as error:
@@ -121,6 +135,21 @@ class Client:
         if response.status != 200:
             raise ServerError(f"{path}: status {response.status}, {_reason(answer, content)}")
         return answer
+
+    @contextlib.contextmanager
+    def _connected(self, connection: http.client.HTTPConnection) -> Generator[socket.socket]:
+        """The connection's socket, where `hang_up` finds it."""
+        connection.connect()
+        sock = connection.sock
+        with self._lock:
+            if self._hung_up:
+                raise ServerError("nobody waits for its answers any more")
+            self._open.add(sock)
+        try:
+            yield sock
+        finally:
+            with self._lock:
+                self._open.discard(sock)
 
     def _connection(self, limit: float) -> http.client.HTTPConnection:
         parts = urlsplit(self.address)
@@ -156,7 +185,7 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
-def _read(sock: socket.socket | None, response: http.client.HTTPResponse, limit: float) -> bytes:
+def _read(sock: socket.socket, response: http.client.HTTPResponse, limit: float) -> bytes:
     """The whole body, within `limit` seconds however slowly it drips."""
     deadline = time.monotonic() + limit
     parts: list[bytes] = []
@@ -165,8 +194,7 @@ def _read(sock: socket.socket | None, response: http.client.HTTPResponse, limit:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        if sock is not None:
-            sock.settimeout(left)
+        sock.settimeout(left)
     return b"".join(parts)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.core.rollout.client import Request, ServerError, spread
+from stages.core.rollout.client import Client, Request, ServerError, spread
 from stages.core.rollout.protocol import Completion, EngineError, Sampling
 from stages.core.rollout.vllm_servers import Server, VllmOptions, check_server, open_servers, stop_servers
 
@@ -116,13 +116,17 @@ class VllmEngine:
         return [[next(flat) for _ in own] for own in seeds]
 
     def close(self) -> None:
-        """Stops the servers that are ours, and takes our adapter off the others; may be called again."""
+        """Stops the servers that are ours, and takes our adapter off the others; may be called again.
+
+        Calls that another thread has under way end in an error.
+        """
         stop_servers(self.servers)
-        for server in self.servers:
+        for server in list(self.servers):  # a failing call in another thread takes its server off
+            server.client.hang_up()
             if server.own is None and self.version is not None:
-                server.client.timeout_s = min(server.client.timeout_s, CLOSE_SECONDS)
+                last = Client(server.client.address, token=server.client.token, timeout_s=CLOSE_SECONDS)
                 with contextlib.suppress(ServerError):
-                    server.client.unload_adapter(self._name(self.version))
+                    last.unload_adapter(self._name(self.version))
         self.servers, self.version = [], None
         self._sweep()
 
