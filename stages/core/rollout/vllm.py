@@ -197,9 +197,10 @@ class VllmEngine:
                 return str(error)
             return None
 
-        with ThreadPoolExecutor(max(1, len(self.servers))) as pool:
-            problems = list(pool.map(attempt, self.servers))
-        for server, problem in zip(list(self.servers), problems, strict=True):
+        servers = list(self.servers)  # `close` in another thread may take them off meanwhile
+        with ThreadPoolExecutor(max(1, len(servers))) as pool:
+            problems = list(pool.map(attempt, servers))
+        for server, problem in zip(servers, problems, strict=True):
             if problem is not None:
                 self._give_up(server, problem)
         if not self.servers:
@@ -213,7 +214,7 @@ class VllmEngine:
             problem = f"{problem}; see {server.own.log}"
             server.own.stop()
         self.lost[server.name] = problem
-        if server in self.servers:  # `close` in another thread may have been first
+        if server in self.servers:
             self.servers.remove(server)
 
     @contextlib.contextmanager
