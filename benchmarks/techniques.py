@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear
 from benchmarks.common import MODELS, Worker, add_common_options, machine, run_plain, spread, table
 from benchmarks.workload import read_prompts, read_tokenizer
 from pipeline.config import validate
-from stages.core import attention, bank, blocks, lora, passes, trunk
+from stages.core import attention, bank, blocks, lora, passes, products, trunk
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.logprobs import token_logprobs_and_entropy
 from stages.core.rollout import native
@@ -179,6 +179,18 @@ def comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, 
         ("few sizes of bfloat16 products", "update", without(low.update, lambda: bf16_sizes), low.update),
         ("values read while decoding (`shared`)", "scoring", shared.score, shared.score_without_values),
         ("blocks written out", "update", without(fp32.update, transformers_blocks), fp32.update),
+        (
+            "adapters folded into copies of the weights",
+            "update",
+            without(fp32.update, lambda: patch.object(products, "_folds", lambda *_: False)),
+            fp32.update,
+        ),
+        (
+            "adapters folded into copies of the weights",
+            "scoring",
+            without(fp32.score, lambda: patch.object(products, "_folds", lambda *_: False)),
+            fp32.score,
+        ),
         ("weights packed for decoding, float32", "rollout", without(fp32.rollout, unpacked), fp32.rollout),
         ("weights packed for decoding, bfloat16", "rollout", without(low.rollout, unpacked), low.rollout),
         (
