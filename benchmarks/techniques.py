@@ -136,19 +136,25 @@ def _logprobs(*arguments: Any) -> torch.Tensor:
     return token_logprobs_and_entropy(*arguments)[0]
 
 
-def comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, Work, Work]]:
-    """Name, work, without and with."""
+def without(work: Work, *patches: Any) -> Work:
+    """The same work under the patches."""
 
-    def without(work: Work, *patches: Any) -> Work:
-        def run() -> None:
-            with ExitStack() as stack:
-                for each in patches:
-                    stack.enter_context(each())
-                work()
+    def run() -> None:
+        with ExitStack() as stack:
+            for each in patches:
+                stack.enter_context(each())
+            work()
 
-        return run
+    return run
 
+
+def training_comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, Work, Work]]:
+    """Name, work, without and with: updates, and the passes that score."""
     bf16_sizes = patch.object(low.bank.policy.trunk, "multiple", 1)
+
+    def beside() -> Any:
+        return patch.object(products, "_folds", lambda *_: False)
+
     return [
         (
             "LoRA product in place, in transformers' blocks",
@@ -177,20 +183,16 @@ def comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[str, str, 
         ("one pass for policy and critic (`shared`)", "update", fp32.update, shared.update),
         ("bfloat16 products", "update", fp32.update, low.update),
         ("few sizes of bfloat16 products", "update", without(low.update, lambda: bf16_sizes), low.update),
-        ("values read while decoding (`shared`)", "scoring", shared.score, shared.score_without_values),
         ("blocks written out", "update", without(fp32.update, transformers_blocks), fp32.update),
-        (
-            "adapters folded into copies of the weights",
-            "update",
-            without(fp32.update, lambda: patch.object(products, "_folds", lambda *_: False)),
-            fp32.update,
-        ),
-        (
-            "adapters folded into copies of the weights",
-            "scoring",
-            without(fp32.score, lambda: patch.object(products, "_folds", lambda *_: False)),
-            fp32.score,
-        ),
+        ("adapters folded into copies of the weights", "update", without(fp32.update, beside), fp32.update),
+        ("adapters folded into copies of the weights", "scoring", without(fp32.score, beside), fp32.score),
+        ("values read while decoding (`shared`)", "scoring", shared.score, shared.score_without_values),
+    ]
+
+
+def rollout_comparisons(fp32: Bench, low: Bench) -> list[tuple[str, str, Work, Work]]:
+    """The same of rollouts."""
+    return [
         ("weights packed for decoding, float32", "rollout", without(fp32.rollout, unpacked), fp32.rollout),
         ("weights packed for decoding, bfloat16", "rollout", without(low.rollout, unpacked), low.rollout),
         (
@@ -231,14 +233,14 @@ def main() -> None:
         folder = Path(temporary) / "workload"
         spec = {name: getattr(options, name) for name in ("model", "lengths", "batch", "response_length", "rank")}
         run_plain(Worker("benchmarks.workload", spec | {"folder": str(folder), "seed": 0}), folder, options.threads)
-        benches = [
+        fp32, low, shared = (
             Bench.open(folder, options, dtype, critic)
             for dtype, critic in (("float32", "adapter"), ("bfloat16", "adapter"), ("float32", "shared"))
-        ]
+        )
     rows: list[list[str]] = []
-    for name, what, without, with_it in comparisons(*benches):
+    for name, what, before_it, with_it in [*training_comparisons(fp32, low, shared), *rollout_comparisons(fp32, low)]:
         with_it()
-        times = [(seconds(without), seconds(with_it)) for _ in range(options.repeats)]
+        times = [(seconds(before_it), seconds(with_it)) for _ in range(options.repeats)]
         before, after = zip(*times, strict=True)
         gain = statistics.median(before) / statistics.median(after)
         rows.append([name, what, spread(before), spread(after), f"{gain:.2f}x"])
