@@ -17,8 +17,10 @@ from typing import Any
 from data.errors import UserError
 
 MANIFEST = "artifact.json"
-# Scratch of a stage, not part of its result: resumable state, tracker logs, what a rollout server was handed and says.
-UNCOVERED = ("checkpoints", "trackers", "engine")
+# What was paid for or clicked, in a stage's folder: it outlives every rebuild of the stage.
+LEDGER_FILES = ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "links.json")
+# Not part of a stage's result: resumable state, tracker logs, what a rollout server was handed and says, the ledger.
+UNCOVERED = ("checkpoints", "trackers", "engine", *LEDGER_FILES)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from data.errors import UserError
 from data.rows import Message
 from launch.answer import Answer
 from launch.policy import find_policy
+from stages.core.answering import files_of, load_view
 from stages.core.bank import BankBuilder
 from stages.core.models import end_tokens, open_encoder
 from stages.core.rollout.choice import choose_engine
@@ -20,7 +21,6 @@ from stages.core.rollout.config import EngineConfig
 from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.protocol import RolloutEngine, Sampling, rollout_seed
 from stages.core.rollout.start import start_engine
-from stages.eval.policies import files_of, load_view
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "sft": "Fine-tune the base model on demonstrations.",
+    "label": "Turn a policy's answers into preferences, by a judge or by people.",
     "rm": "Train a reward model on preference pairs.",
     "dpo": "Train a policy straight on preference pairs, in place of rm and ppo.",
     "ppo": "Optimise the policy against a reward.",
@@ -28,7 +29,7 @@ _EPILOG = (
 )
 
 app = typer.Typer(
-    help="Classic RLHF, one command a stage: sft -> rm -> ppo, or sft -> dpo. "
+    help="Classic RLHF, one command a stage: sft -> label -> rm -> ppo, or sft -> dpo. "
     "CONFIG is a YAML file or a bundled recipe (quickstart).",
     epilog=_EPILOG,
     add_completion=False,
@@ -82,8 +83,43 @@ def _add_command(name: str) -> None:
     app.command(name, help=_COMMANDS[name])(command)
 
 
+def _add_label() -> None:
+    def label(  # noqa: PLR0913 -- an option is a parameter
+        config: Config,
+        overrides: Overrides = None,
+        people: Annotated[bool, typer.Option("--people", help="Serve a local page on which people compare.")] = False,
+        port: Annotated[int | None, typer.Option("--port", metavar="N", help="Of the page. Default: 8765.")] = None,
+        out: Out = None,
+        dry_run: DryRun = False,
+        resume: Resume = "auto",
+        gpus: Gpus = None,
+        hostfile: Hostfile = None,
+        as_json: Json = False,
+    ) -> None:
+        from launch.worker import Request, carry_out
+
+        page = () if port is None else (f"label.people.port={port}",)
+        request = Request(
+            command="label",
+            config=config,
+            overrides=(*(overrides or ()), *page),
+            out=out,
+            plan_only=dry_run,
+            resume=resume,
+            gpus=gpus,
+            hostfile=hostfile,
+            people=people,
+        )
+        raise typer.Exit(_guarded(lambda: carry_out(request), as_json=as_json))
+
+    app.command("label", help=_COMMANDS["label"])(label)
+
+
 for _name in _COMMANDS:
-    _add_command(_name)
+    if _name == "label":
+        _add_label()
+    else:
+        _add_command(_name)
 
 
 @app.command(help="What is installed, what is missing, and what would run here.")

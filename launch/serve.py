@@ -19,6 +19,8 @@ from stages.core.rollout.vllm_servers import BASE, GIB, room_for, whole_prompts
 from stages.core.trunk import read_adapter
 
 NAME = "policy"  # the model's name for clients
+# Answers by a JSON schema have no whitespace between their parts: small models lose themselves in it.
+COMPACT_JSON = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def arguments(found: FoundPolicy, options: ServeOptions, vllm: Vllm) -> list[str
         *("--host", options.host, "--port", str(options.port)),
         *("--dtype", found.shared.dtype, "--max-model-len", str(found.shared.max_length)),
         # Tokenizer and chat template as they were in training; answers as they are sampled, with nothing cut.
-        *("--tokenizer", model.folder, *_template(model.folder), "--generation-config", "vllm"),
+        *("--tokenizer", model.folder, *_template(model.folder), *COMPACT_JSON, "--generation-config", "vllm"),
         *(cpu_arguments(found.shared.max_length) if vllm.is_cpu else []),
     ]
     if model.adapter is None:

@@ -32,8 +32,14 @@ _EXAMPLE: Mapping[str, Any] = {
     "eval": {"prompts": [{"path": "eval_prompts.jsonl"}]},
 }
 _LEFT_OUT = ("toy",)
-# An alternative to sections above: there, but commented out as a whole.
-_ALTERNATIVE: Mapping[str, Any] = {"dpo": {"data": [{"path": "preferences.jsonl"}]}}
+# In place of rows or sections above: there, but commented out as a whole.
+_ALTERNATIVE: Mapping[str, Any] = {
+    "label": {
+        "prompts": [{"path": "prompts.jsonl"}],
+        "judge": {"base_url": "http://127.0.0.1:8000/v1", "model": "name", "api_key_env": "JUDGE_KEY"},
+    },
+    "dpo": {"data": [{"path": "preferences.jsonl"}]},
+}
 
 
 def write_starter(path: Path) -> Answer:
@@ -69,7 +75,7 @@ def _lines(model: type[BaseModel], example: Mapping[str, Any]) -> list[str]:
             comment = _first_line(section)
             off = "# " if name in _ALTERNATIVE else ""
             lines += ["", f"# {comment}", f"{off}{name}:"]
-            lines += [f"{off}  {line}" for line in _lines(section, cast(dict[str, Any], value))]
+            lines += [f"{off}  {line}".rstrip() for line in _lines(section, cast(dict[str, Any], value))]
         elif name in example:
             lines.append(_commented(f"{name}: {_flow(value)}", field.description))
         else:

@@ -37,6 +37,7 @@ class Request:
     resume: "Resume"
     gpus: int | None
     hostfile: Path | None
+    people: bool = False  # label by people, also where the config has no section for them
 
 
 def carry_out(request: Request) -> Answer:
@@ -45,6 +46,8 @@ def carry_out(request: Request) -> Answer:
     from pipeline.config import load_config
 
     loaded = load_config(request.config, request.overrides)
+    if request.people and loaded.config.label is not None and loaded.config.label.people is None:
+        loaded = load_config(request.config, (*request.overrides, "label.people={}"))
     from pipeline.inputs import Run
 
     folder = (request.out or Path("runs") / loaded.config.name).expanduser().absolute()
@@ -68,7 +71,7 @@ def _stage_names(request: Request, present: list[str]) -> list[str]:
     """The stages that a command concerns: all of the config's, or its own."""
     if request.command in ("run", "plan"):
         if not present:
-            raise UserError(f"CONFIG={request.config}: has no stage; add a section sft, rm, dpo, ppo or eval")
+            raise UserError(f"CONFIG={request.config}: has no stage; add a section sft, label, rm, dpo, ppo or eval")
         return present
     if request.command not in present:
         raise UserError(f"CONFIG={request.config}: has no section {request.command}; add one, as `launch init` shows")
@@ -96,7 +99,7 @@ def _plan(run: "Run", names: list[str], request: Request) -> Answer:
 def _run(run: "Run", names: list[str], request: Request) -> Answer:
     from pipeline.chain import Launch, run_stages
     from pipeline.console import StageView, stderr_console, stdout_console
-    from pipeline.report import print_report, read_report
+    from pipeline.report import REPORTING, print_report, read_report
 
     stop = stop_on_signal()
     console = stderr_console()
@@ -109,7 +112,7 @@ def _run(run: "Run", names: list[str], request: Request) -> Answer:
         before_stage=lambda: set_threads_and_seeds(run.config.threads, run.config.seed),
     )
     outcomes = run_stages(launch, names)
-    report = read_report(run.folder) if names[-1] == "eval" else None
+    report = read_report(run.folder, names[-1]) if names[-1] in REPORTING else None
     data = {"status": "done", "out": str(run.folder), "stages": [asdict(outcome) for outcome in outcomes]}
 
     def show() -> None:
@@ -134,7 +137,7 @@ def set_environment(gpus: int | None) -> None:
     )
     if gpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx", "huggingface_hub"):
+    for name in ("transformers", "trl", "peft", "datasets", "accelerate", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

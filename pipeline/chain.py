@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from data.artifacts import Artifact, read_manifest, write_atomically, write_manifest
+from data.artifacts import LEDGER_FILES, Artifact, read_manifest, write_atomically, write_manifest
 from data.errors import UserError
 from pipeline.config import dump_config
 from pipeline.inputs import Run, require_inputs, stage_facts, stage_inputs, stage_key
@@ -110,7 +110,9 @@ def _make_room(launch: Launch, stage: str, decision: Decision) -> None:
     folder = launch.run.stage_folder(stage)
     if decision.action == "resume":
         launch.say(f"{stage}: resumes ({decision.why})")
-    elif decision.displace:
+        return
+    kept = _ledger_aside(folder)
+    if decision.displace:
         old = folder.with_name(f"{stage}.old")
         if old.exists():
             shutil.rmtree(old)
@@ -121,6 +123,16 @@ def _make_room(launch: Launch, stage: str, decision: Decision) -> None:
             shutil.rmtree(folder)
         launch.say(f"{stage}: begins ({decision.why})")
     folder.mkdir(exist_ok=True)
+    for file in kept:
+        file.rename(folder / file.name.removeprefix(f".{stage}-"))
+
+
+def _ledger_aside(folder: Path) -> list[Path]:
+    """The ledger's files, moved out of a folder that is about to go; also those of a launch killed in between."""
+    for name in LEDGER_FILES:
+        if (folder / name).is_file():
+            (folder / name).rename(folder.with_name(f".{folder.name}-{name}"))
+    return [path for name in LEDGER_FILES if (path := folder.with_name(f".{folder.name}-{name}")).is_file()]
 
 
 def load_stage(stage: str) -> Callable[[StageContext[Any]], StageResult]:

@@ -18,6 +18,7 @@ from stages.core.config import SharedConfig
 from stages.core.supervised_config import SupervisedSection
 from stages.dpo.config import DpoConfig
 from stages.eval.config import EvalConfig
+from stages.label.config import LabelConfig
 from stages.ppo.config import PpoConfig
 from stages.rm.config import RmConfig
 from stages.sft.config import SftConfig
@@ -29,6 +30,7 @@ class RunConfig(SharedConfig):
 
     toy: ToyConfig | None = Field(None, description="the built-in model and rows, for a first run")
     sft: SftConfig | None = Field(None, description="supervised fine-tuning")
+    label: LabelConfig | None = Field(None, description="preferences from answers, by a judge or by people")
     rm: RmConfig | None = Field(None, description="the reward model")
     dpo: DpoConfig | None = Field(None, description="a policy straight from preference pairs; in place of rm and ppo")
     ppo: PpoConfig | None = Field(None, description="policy optimisation")

@@ -16,10 +16,13 @@ from data.errors import UserError
 from data.paths import in_run
 from data.sources import SourceConfig, content_digest
 from pipeline.config import RunConfig
+from stages.core.judge.config import Endpoint
 from stages.core.reward_config import RewardConfig
 from stages.core.rollout.config import EngineConfig
+from stages.label.config import LabelConfig
+from stages.label.people.config import PeopleConfig
 
-STAGES = ("toy", "sft", "rm", "dpo", "ppo", "eval")
+STAGES = ("toy", "sft", "label", "rm", "dpo", "ppo", "eval")
 TRAINING = ("sft", "rm", "dpo", "ppo")
 # Shared settings that change a result. The others (name, trackers, keep_checkpoints, checkpoint_every, max_refused,
 # threads) say how a run is kept, watched or stopped; threads only reorder float sums.
@@ -54,25 +57,48 @@ class Run:
 def stage_inputs(run: Run, stage: str) -> dict[str, str]:
     """Role -> stage folder, model folder, hub id or `file.py:function`.
 
-    sft: `base`; rm and dpo: `policy`; ppo: `policy` and `reward.0`, `reward.1`, … in the config's order; eval:
+    sft: `base`; label: `policy.0`, … (or `base`, where only endpoints answer), `score` and `judge.0`, … where they are
+    models; rm and dpo: `policy`; ppo: `policy` and `reward.0`, `reward.1`, … in the config's order; eval:
     `policy.NAME` and `score.NAME`.
     """
     config = run.config
     base = in_run(config.base_model, run.folder)
     if stage == "sft" and config.sft is not None:
         return {"base": in_run(config.sft.policy or base, run.folder)}
+    if stage == "label" and config.label is not None:
+        return _label_inputs(run, config.label, base)
     if stage == "rm" and config.rm is not None:
         return {"policy": _policy(run, config.rm.policy, base)}
     if stage == "dpo" and config.dpo is not None:
         return {"policy": _policy(run, config.dpo.policy, base)}
     if stage == "ppo" and config.ppo is not None:
-        rewards = {f"reward.{place}": _score_source(run, reward) for place, reward in enumerate(config.ppo.rewards)}
+        rewards = {
+            f"reward.{place}": _score_source(run, reward)
+            for place, reward in enumerate(config.ppo.rewards)
+            if reward.judge is None
+        }
         return {"policy": _policy(run, config.ppo.policy, base), **rewards}
     if stage == "eval" and config.eval is not None:
         policies = {f"policy.{name}": in_run(path, run.folder) for name, path in config.eval.policies.items()}
-        scores = {f"score.{name}": _score_source(run, score) for name, score in config.eval.scores.items()}
+        scores = {
+            f"score.{name}": _score_source(run, score)
+            for name, score in config.eval.scores.items()
+            if score.judge is None
+        }
         return {**policies, **scores}
     return {}
+
+
+def _label_inputs(run: Run, label: LabelConfig, base: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if label.prompts:
+        own = [] if label.endpoints else [_policy(run, None, base)]
+        answering = [in_run(policy, run.folder) for policy in label.policies] or own
+        found = {f"policy.{place}": policy for place, policy in enumerate(answering)} or {"base": base}
+    if label.candidates.score is not None:
+        found["score"] = _score_source(run, label.candidates.score)
+    local = [judge.local for judge in label.judges]
+    return found | {f"judge.{place}": in_run(name, run.folder) for place, name in enumerate(local) if name is not None}
 
 
 def _policy(run: Run, named: str | None, base: str) -> str:
@@ -179,6 +205,7 @@ def _facts(value: object, name: str, run_folder: Path) -> Iterator[tuple[str, An
         left_out = {"path"} if isinstance(value, SourceConfig) else set[str]()
         left_out |= {"model", "function"} if isinstance(value, RewardConfig) else {*_INPUT_FIELDS}
         left_out |= {*_ENGINE_FIELDS} if isinstance(value, EngineConfig) else set[str]()
+        left_out |= {*value.operational} if isinstance(value, Endpoint | PeopleConfig) else set[str]()
         if isinstance(value, SourceConfig):
             yield f"{name}.rows", f"sha256:{content_digest(value, run_folder)}"
         for field in type(value).model_fields:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data.errors import UserError
-from pipeline.engines import stage_engine
+from pipeline.engines import judge_problems, stage_engine
 from pipeline.inputs import Run, missing_inputs, stage_facts, stage_inputs
 from pipeline.plan_batches import ppo_arithmetic, supervised_arithmetic
 from pipeline.plan_data import DataPlan, check_data, unbuilt_sources
+from pipeline.plan_label import given_pairs, label_arithmetic
 from pipeline.plan_memory import memory_estimate
 from pipeline.state import Resume, decide
 
@@ -52,7 +53,8 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
     data = DataPlan(unchecked="reads no rows")
     try:
         if stage != "toy":
-            data = check_data(run, stage)
+            pairs = run.config.label if stage == "label" and run.config.label and run.config.label.pairs else None
+            data = given_pairs(run, pairs) if pairs and not unbuilt_sources(run, stage) else check_data(run, stage)
             problems += data.problems
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
@@ -60,6 +62,7 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
     engine = stage_engine(run, stage)
     if engine is not None:
         problems += engine.problems
+    problems += judge_problems(run, stage)
     memory = memory_estimate(run, stage, data.longest) if stage != "toy" else "less than 1 GB"
     batches, sampler = _batches(run, stage, data), engine.text if engine is not None else ""
     return StagePlan(stage, action, why, data, batches, memory, sampler, problems)
@@ -84,5 +87,7 @@ def _batches(run: Run, stage: str, data: DataPlan) -> list[str]:
     config = run.config
     if stage == "ppo" and config.ppo is not None:
         return ppo_arithmetic(config.ppo)
+    if stage == "label" and config.label is not None:
+        return label_arithmetic(config.label, data.rows.get("train"))
     section = config.supervised(stage)
     return supervised_arithmetic(section, data.rows.get("train")) if section is not None else []

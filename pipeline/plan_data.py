@@ -58,6 +58,9 @@ def stage_sources(run: Run, stage: str) -> list[SourceConfig]:
         return [*config.eval.prompts, *config.eval.pairs]
     if (section := config.supervised(stage)) is not None:
         sources += [*section.data, *([section.holdout] if isinstance(section.holdout, SourceConfig) else [])]
+    if config.label is not None and stage == "label":
+        canaries = config.label.canaries.pairs if config.label.canaries is not None else []
+        return [*config.label.prompts, *config.label.pairs, *canaries]
     if config.ppo is not None and stage == "ppo":
         holdout = config.ppo.holdout
         sources += [*config.ppo.prompts, *([holdout] if isinstance(holdout, SourceConfig) else [])]
@@ -131,7 +134,7 @@ def _prepare(run: Run, stage: str, encoder: ChatEncoder) -> Prepared[Any]:
         )
         refuse_margins([*prepared.train, *prepared.holdout])
         return prepared
-    section = config.ppo if stage == "ppo" else config.eval
+    section = {"label": config.label, "ppo": config.ppo, "eval": config.eval}[stage]
     assert section is not None
     return prepare_prompts(
         section.prompts,

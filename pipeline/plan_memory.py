@@ -25,6 +25,8 @@ _ROLLOUT_BATCH = 256  # responses the native engine decodes at once
 
 def memory_estimate(run: Run, stage: str, longest: int) -> dict[str, int] | str:
     """ "role: part" -> bytes, or in words why no estimate can be made; `longest` row in tokens, 0 where unknown."""
+    if stage == "label" and not stage_inputs(run, stage):
+        return "no model is loaded"
     shape = _shape(run, stage)
     if isinstance(shape, str):
         return shape
@@ -43,12 +45,16 @@ def memory_estimate(run: Run, stage: str, longest: int) -> dict[str, int] | str:
         if stage == "dpo":  # a copy of the adapter, or of the whole model in float32
             sizes["reference: weights"] = 4 * trained_parameters(shape, tuning)
         return sizes
-    assert config.eval is not None
+    if stage == "label" and config.label is not None:
+        asked = config.label.max_prompts or _ROLLOUT_BATCH
+    else:
+        assert config.eval is not None
+        asked = config.eval.max_prompts
     weights = {"one policy at a time: weights": base_bytes(shape, tuning, config.dtype)}
     engine = stage_engine(run, stage)
     if engine is not None and engine.engine != "native":
         return weights  # the rollout's is in a process of its own
-    kv_tokens = min(config.eval.max_prompts, _ROLLOUT_BATCH) * config.max_length
+    kv_tokens = min(asked, _ROLLOUT_BATCH) * config.max_length
     return weights | {"one policy at a time: KV cache": shape.kv_cache_bytes(kv_tokens, BYTES[config.dtype])}
 
 

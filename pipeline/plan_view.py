@@ -35,7 +35,7 @@ def _print_data(data: DataPlan, console: Console) -> None:
         console.print(f"  refused  {refusal}")
     if hidden := data.rows["refused"] + data.rows.get("ptx_refused", 0) - len(data.refused):
         console.print(f"  refused  … and {hidden} more")
-    most = max(rows for _, _, rows in data.histogram)
+    most = max((rows for _, _, rows in data.histogram), default=1)
     for low, high, rows in data.histogram:
         console.print(f"  tokens   {low:>5}-{high:<5} {'█' * round(_BAR * rows / most):<{_BAR}} {rows}")
     for pieces in data.examples:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from data.errors import UserError
 from data.paths import STAGE_PREFIX
 from data.sources import source_files
-from pipeline.engines import stage_engine
+from pipeline.engines import judge_problems, stage_engine
 from pipeline.inputs import Run, absent_paths, stage_inputs
 from pipeline.plan_data import stage_sources
 
@@ -24,5 +24,6 @@ def check_present(run: Run, stages: Sequence[str]) -> None:
                 problems |= dict.fromkeys(error.problems)
         engine = stage_engine(run, stage)
         problems |= dict.fromkeys(engine.problems if engine is not None else ())
+        problems |= dict.fromkeys(judge_problems(run, stage))
     if problems:
         raise UserError(*problems)

@@ -10,16 +10,18 @@ from rich.table import Table
 
 from data.errors import UserError
 
+REPORTING = ("label", "eval")
 
-def read_report(run_folder: Path) -> dict[str, Any] | None:
-    """`OUT/eval/report.json`: title, columns, rows, notes; None where nothing was evaluated."""
-    path = run_folder / "eval" / "report.json"
+
+def read_report(run_folder: Path, stage: str = "eval") -> dict[str, Any] | None:
+    """`OUT/<stage>/report.json`: title, columns, rows, notes; None where the stage left none."""
+    path = run_folder / stage / "report.json"
     if not path.is_file():
         return None
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: damaged report ({error}); run `launch eval CONFIG` again") from error
+        raise UserError(f"{path}: damaged report ({error}); run `launch {stage} CONFIG` again") from error
     return report
 
 

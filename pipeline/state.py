@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.artifacts import MANIFEST, read_artifact, read_manifest
+from data.artifacts import LEDGER_FILES, MANIFEST, read_artifact, read_manifest
 from data.errors import UserError
 from pipeline.inputs import changed_facts, stage_key
 
@@ -55,7 +55,9 @@ def _partial(folder: Path, facts: Mapping[str, Any], *, resume: Resume) -> Decis
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a stage has saved anything to resume from."""
+    """Whether a stage has saved anything to resume from; labelling saves every verdict."""
+    if folder.name == "label" and (folder / LEDGER_FILES[0]).is_file():
+        return True
     return (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.chat import ChatEncoder, load_tokenizer
 from data.errors import UserError
 from stages.core.config import SharedConfig, Tuning
+from stages.core.judge.scoring import JudgeScorer
 from stages.core.logprobs import token_logprobs, token_logprobs_and_entropy
 from stages.core.models import (
     DTYPES,
@@ -201,14 +202,20 @@ class BankBuilder:
     def _dtype(self) -> torch.dtype:
         return DTYPES[self.shared.dtype]
 
-    def scorer(self, rewards: Sequence[RewardConfig], sources: Sequence[str]) -> tuple[Scorer, list[RewardModel]]:
+    def scorer(
+        self, rewards: Sequence[RewardConfig], sources: Sequence[str | JudgeScorer]
+    ) -> tuple[Scorer, list[RewardModel]]:
         """The weighted sum of the reward sources, and the reward models among them."""
-        scorers: list[Scorer] = []
-        for place, (reward, source) in enumerate(zip(rewards, sources, strict=True)):
-            name = f"reward-{place}"
-            scorers.append(load_function(source) if reward.function else self.reward_model(source, name))
+        named = zip(rewards, sources, strict=True)
+        scorers = [self.one_scorer(each, source, f"reward-{place}") for place, (each, source) in enumerate(named)]
         models = [scorer for scorer in scorers if isinstance(scorer, RewardModel)]
         return WeightedSum(scorers, [reward.weight for reward in rewards]), models
+
+    def one_scorer(self, reward: RewardConfig, source: str | JudgeScorer, name: str) -> Scorer:
+        """One source of scores; `name` is the adapter's, where it is a reward model."""
+        if isinstance(source, JudgeScorer):
+            return source
+        return load_function(source) if reward.function else self.reward_model(source, name)
 
     def reward_model(self, source: str, name: str) -> RewardModel:
         """A reward model, as an adapter on the frozen base where it was trained on that very base."""

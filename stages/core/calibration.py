@@ -53,7 +53,7 @@ def wilson_interval(correct: float, total: int, z: float = Z_95) -> tuple[float,
     centre = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return (centre - half) / scale, (centre + half) / scale
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def expected_calibration_error(differences: Sequence[float], p_chosen: Sequence[float]) -> float:

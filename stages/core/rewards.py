@@ -1,4 +1,4 @@
-"""Scores of responses: from a reward model, from a Python function, or a weighted sum of several.
+"""Scores of responses: from a reward model, a Python function, a judge (`judge/scoring.py`), or a weighted sum.
 
 Every source is given text, never token ids, so a reward model may have its own tokenizer and chat template.
 
@@ -39,7 +39,7 @@ class Scorer(Protocol):
     """A source of scores."""
 
     def score(self, answered: Answered) -> list[float]:
-        """One finite number a response; higher is better."""
+        """One finite number a response; higher is better. NaN where a judge gave none: that response does not count."""
         ...
 
 

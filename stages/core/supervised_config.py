@@ -8,6 +8,8 @@ from data.paths import ConfigPath
 from data.sources import SourceConfig
 from stages.core.config import Holdout, TrainingSection
 
+LABELLED = "stage:label/preferences.jsonl"  # what rm and dpo learn from where the config names nothing else
+
 
 class SupervisedSection(TrainingSection):
     """Training on labelled rows: data, batches, optimizer, evaluation."""

@@ -5,8 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from data.paths import ConfigPath
+from data.sources import SourceConfig
 from stages.core.config import Holdout
-from stages.core.supervised_config import SupervisedSection
+from stages.core.supervised_config import LABELLED, SupervisedSection
 
 LossKind = Literal["sigmoid", "ipo", "robust"]
 
@@ -14,6 +15,7 @@ LossKind = Literal["sigmoid", "ipo", "robust"]
 class DpoConfig(SupervisedSection):
     """Direct preference optimisation: a policy from preference pairs, without a reward model."""
 
+    data: Annotated[list[SourceConfig], Field(min_length=1)] = [SourceConfig(path=LABELLED)]
     holdout: Holdout = 0.1
     policy: ConfigPath | None = Field(
         None, description="model to start from, and the reference; default: the sft stage's policy"

@@ -18,7 +18,8 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """The mean of at least one value, half = 1.96 x standard deviation / sqrt(count)."""
+        """The mean of at least one value, half = 1.96 x standard deviation / sqrt(count); NaN is no value."""
+        values = [value for value in values if not math.isnan(value)]
         half = Z_95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(statistics.fmean(values), half, len(values))
 

@@ -1,6 +1,7 @@
 """Policies side by side: the same prompts, the same seeds, scores that nobody trained on; and the reward models."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -10,14 +11,16 @@ from data.errors import UserError
 from data.prepare import prepare_preferences, prepare_prompts
 from data.report import DataReport
 from data.rows import Prompt
+from stages.core.answering import engine_of, load_view
 from stages.core.bank import BankBuilder
 from stages.core.calibration import JudgedPair, reward_figures
 from stages.core.context import Interrupted, StageContext, StageResult
+from stages.core.judge.scoring import judge_scorer
 from stages.core.models import open_encoder
 from stages.core.responses import Responses
-from stages.core.rewards import RewardModel, Scorer, load_function
+from stages.core.rewards import RewardModel
 from stages.eval.config import EvalConfig
-from stages.eval.policies import Policy, answer, engine_of, kl_to_reference, load_view
+from stages.eval.policies import Policy, answer, kl_to_reference
 from stages.eval.report import ENDED, KL, LENGTH, Findings, Measured, make_report
 
 
@@ -95,12 +98,21 @@ def sample_policies(
     for place, policy in enumerate(policies):
         _check_stop(context)
         view = load_view(policy.source, f"policy-{place}", builder) if place else reference
-        with engine_of(context, policy, view) as engine:
+        engine = engine_of(
+            policy.source,
+            view,
+            config.rollout,
+            "eval.rollout",
+            max_length=context.shared.max_length,
+            responses=len(policy.prompts),
+            out=context.out,
+        )
+        with engine as sampler:
             answers.append(
                 answer(
                     policy,
                     view,
-                    engine,
+                    sampler,
                     max_new_tokens=config.response_length,
                     temperature=config.temperature,
                     run_seed=context.shared.seed,
@@ -125,8 +137,8 @@ def score_answers(
     figures: dict[str, dict[str, float]] = {}
     for place, (name, reward) in enumerate(context.config.scores.items()):
         _check_stop(context)
-        source = context.inputs[f"score.{name}"]
-        scorer: Scorer = load_function(source) if reward.function else builder.reward_model(source, f"score-{place}")
+        source = judge_scorer(reward.judge, context) if reward.judge else context.inputs[f"score.{name}"]
+        scorer = builder.one_scorer(reward, source, f"score-{place}")
         scores[name] = [[reward.weight * score for score in scorer.score(each.answered())] for each in answers]
         if isinstance(scorer, RewardModel) and context.config.pairs:
             figures[name] = _judge_pairs(context, scorer, reports)
@@ -167,11 +179,15 @@ def _log_samples(context: StageContext[EvalConfig], answers: Responses, measured
                 "policy": measured.policy,
                 "prompt": prompt.row.prompt,
                 "response": text,
-                **{name: values[place] for name, values in measured.columns.items()},
+                **{name: _known(values[place]) for name, values in measured.columns.items()},
             }
             for place, (prompt, text) in enumerate(rows)
         ],
     )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _check_stop(context: StageContext[EvalConfig]) -> None:

@@ -1,5 +1,6 @@
 """The policy on held-out prompts: the same prompts and the same seeds every time, so that curves compare."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -34,14 +35,15 @@ def evaluate(collector: Collector, prompts: Sequence[EncodedPrompt], version: in
         device=collector.device,
     )
     figures = {
-        "score_mean": fmean(scores),
+        "score_mean": fmean(score for score in scores if not math.isnan(score)),
         "kl_ref_mean": fmean(kls),
         "length_mean": fmean(responses.lengths),
         "eos_fraction": fmean(responses.finished),
     }
     rows = zip(responses.prompts, responses.texts, scores, kls, responses.finished, strict=True)
     samples: list[Mapping[str, Any]] = [
-        {"prompt": prompt.row.prompt, "response": text, "score": score, "kl": kl, "finished": finished}
+        {"prompt": prompt.row.prompt, "response": text, "score": known, "kl": kl, "finished": finished}
         for prompt, text, score, kl, finished in rows
+        for known in (None if math.isnan(score) else score,)
     ]
     return Evaluation(figures, samples[:LOGGED_SAMPLES])

@@ -3,6 +3,7 @@
 Legend: B responses, R longest response, M response tokens one after the other.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from stages.ppo.control import ScoreShaper, overlong_penalty
 class Experience:
     """What one update learns from; tensors on the CPU, padded positions 0.
 
-    Responses that `overlong.filter` removes are out of `loss_mask_BR` and have no advantage and no return; the figures
-    of a log still describe them, as the policy sampled them. Without a critic there are no values and no returns.
+    Responses that `overlong.filter` removes, or that have no score, are out of `loss_mask_BR` and have no advantage and
+    no return; the figures of a log still describe them, as the policy sampled them. Without a critic there are no
+    values and no returns.
     """
 
     responses: Responses
-    score_B: Tensor  # as the reward source gave it
+    score_B: Tensor  # as the reward source gave it; NaN where it gave none
     mask_BR: Tensor
     loss_mask_BR: Tensor  # True trains
     logprobs_BR: Tensor  # the trainer's, before the update
@@ -76,7 +78,7 @@ class Collector:
         started = time.perf_counter()
         scores = self.scorer.score(responses.answered())
         mask_BR = responses.mask()
-        loss_mask_BR = mask_BR & trains(responses, config)[:, None]
+        loss_mask_BR = mask_BR & trains(responses, scores, config)[:, None]
         sampler_logprobs_BR = _padded(responses.logprobs(), mask_BR)
         logprobs_BR = sampler_logprobs_BR if rescored is None else _padded(rescored.logprobs_M, mask_BR)
         ref_logprobs_BR = self.ref_logprobs(responses, mask_BR)
@@ -144,20 +146,22 @@ class Collector:
             yield responses.batch(rows, self.device)
 
 
-def trains(responses: Responses, config: PpoConfig) -> Tensor:
-    """Which responses B are in the loss: all, or those that ended by themselves (DAPO's overlong filtering).
+def trains(responses: Responses, scores: Sequence[float], config: PpoConfig) -> Tensor:
+    """Which responses B are in the loss: all with a score, or those that also ended (DAPO's overlong filtering).
 
     Yu et al. 2025, arXiv 2503.14476, sec. 3.4: the score of a cut response is noise. What it leaves out is left out of
     every statistic too: of the running score statistics, of a prompt's group, of the whitening.
     """
-    finished_B = torch.tensor(responses.finished)
-    return finished_B if config.overlong.filter else torch.ones_like(finished_B)
+    scored_B = ~torch.tensor(scores).isnan()
+    return scored_B & torch.tensor(responses.finished) if config.overlong.filter else scored_B
 
 
 def shaped_scores(scores: Sequence[float], responses: Responses, config: PpoConfig, shaper: ScoreShaper) -> Tensor:
-    """Scores B as they enter the reward; `shaper` counts those of responses that train."""
+    """Scores B as they enter the reward, 0 where there is none; `shaper` counts those of responses that train."""
     overlong = [overlong_penalty(length, config.response_length, config.overlong) for length in responses.lengths]
-    return torch.tensor(shaper.shape(scores, responses.finished, overlong, trains(responses, config).tolist()))
+    trains_B = trains(responses, scores, config)
+    known = [0.0 if math.isnan(score) else score for score in scores]
+    return torch.tensor(shaper.shape(known, responses.finished, overlong, trains_B.tolist()))
 
 
 def estimate_advantages(

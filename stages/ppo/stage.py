@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.artifacts import publish_folder
 from data.chat import ChatEncoder
@@ -20,6 +21,7 @@ from data.prepare import Prepared, prepare_prompts
 from stages.core.bank import BankBuilder, PolicyBank, TokenOutputs
 from stages.core.checkpoints import latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted, StageContext, StageResult
+from stages.core.judge.scoring import judge_scorer
 from stages.core.measure import peak_memory_bytes
 from stages.core.models import end_tokens, open_encoder
 from stages.core.ops import explained_variance, masked_mean
@@ -62,8 +64,8 @@ class Ppo:
 def run(context: StageContext[PpoConfig]) -> StageResult:
     """Trains the policy and publishes it; resumes from the newest valid checkpoint of the same key.
 
-    Raises Interrupted once a checkpoint is written after a stop was asked for, and EngineError, with a checkpoint of
-    the last whole update, where the rollout engine fails.
+    Raises Interrupted once a checkpoint is written after a stop was asked for, and with a checkpoint of the last whole
+    update EngineError, where the rollout engine fails, and UserError, where the reward does.
     """
     ppo = build(context)
     try:
@@ -80,6 +82,9 @@ def run(context: StageContext[PpoConfig]) -> StageResult:
             raise
         _save(ppo)
         raise EngineError(f"{error}; saved after update {ppo.state.update}, the same command resumes") from error
+    except (UserError, Interrupted):  # a reward function or a judge that fails, or a judge that is not waited for
+        _keep(ppo)
+        raise
     finally:
         ppo.rollouts.close()
     publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
@@ -99,7 +104,10 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
     tuning = config.tuning or shared.tuning
     builder = BankBuilder(shared)
     bank = builder.policy_bank(context.inputs["policy"], tuning, config.rollout.temperature)
-    sources = [context.inputs[f"reward.{place}"] for place in range(len(config.rewards))]
+    sources = [
+        judge_scorer(reward.judge, context) if reward.judge else context.inputs[f"reward.{place}"]
+        for place, reward in enumerate(config.rewards)
+    ]
     scorer, reward_models = builder.scorer(config.rewards, sources)
     if config.has_critic:
         reward = reward_models[0] if reward_models else None
@@ -244,6 +252,13 @@ def _save(ppo: Ppo) -> None:
     )
 
 
+def _keep(ppo: Ppo) -> None:
+    """Saves the whole updates that no checkpoint holds yet."""
+    newest = latest_checkpoint(ppo.context.out / "checkpoints", ppo.context.key)
+    if ppo.state.update > (newest.step if newest else 0):
+        _save(ppo)
+
+
 def _count(state: PpoState, experience: Experience, rollout: Rollout) -> dict[str, float]:
     """Advances the counters by one experience; the metrics that describe it."""
     responses, mask_BR = experience.responses, experience.mask_BR
@@ -254,8 +269,7 @@ def _count(state: PpoState, experience: Experience, rollout: Rollout) -> dict[st
     return _value_figures(experience) | {
         "tokens": state.tokens,
         "episodes": state.episodes,
-        "score/mean": float(experience.score_B.mean()),
-        "score/std": float(experience.score_B.std(correction=0)),
+        **_score_figures(experience.score_B),
         "kl/ref_mean": float(experience.kl_B.mean()),
         # Sampled tokens' mean surprise is an unbiased estimate of the policy's entropy, at no cost.
         "policy/entropy": float(masked_mean(-experience.logprobs_BR, mask_BR)),
@@ -268,6 +282,14 @@ def _count(state: PpoState, experience: Experience, rollout: Rollout) -> dict[st
         "throughput/response_tokens_per_s": response_tokens / rollout.seconds,
         "memory/peak_bytes": peak_memory_bytes(),
     }
+
+
+def _score_figures(score_B: Tensor) -> dict[str, float]:
+    """Mean and spread of the scores that were given; where a judge left some out, how many."""
+    given_B = score_B[~score_B.isnan()]
+    figures = {"score/mean": float(given_B.mean()), "score/std": float(given_B.std(correction=0))}
+    missing = len(score_B) - len(given_B)
+    return figures | ({"score/missing": float(missing)} if missing else {})
 
 
 def _value_figures(experience: Experience) -> dict[str, float]:

@@ -7,9 +7,7 @@ from pydantic import Field
 from data.paths import ConfigPath
 from data.sources import SourceConfig
 from stages.core.config import Holdout
-from stages.core.supervised_config import SupervisedSection
-
-LABELLED = "stage:label/preferences.jsonl"
+from stages.core.supervised_config import LABELLED, SupervisedSection
 
 
 class RmConfig(SupervisedSection):

@@ -108,7 +108,7 @@ def test_scientific_notation_without_a_dot_is_a_number(contract: Path):
         ("sft.data.3.path=x", "sft.data.3.path=x: sft.data is a list of 1, without an item '3'; count from 0"),
         ("nonsense", "nonsense: is no override; write key=value, as in ppo.kl.coef=0.02"),
         ("seed.x=1", "seed.x=1: seed is 0, which has no key 'x'; set the whole value"),
-        ("ppo.reward={weight: 2}", 'ppo.reward={"weight": 2}: name exactly one of model and function'),
+        ("ppo.reward={weight: 2}", 'ppo.reward={"weight": 2}: name exactly one of model, function and judge'),
         (
             "ppo.minibatch_size=7",
             "ppo.minibatch_size=7 does not divide rollout_batch_size=64; use a divisor of it",

@@ -27,7 +27,6 @@ def config(**sections: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("section", "line"),
     [
-        ({}, "dpo.data: "),
         ({"data": []}, "dpo.data=[]: "),
         ({"data": DATA, "beta": 0}, "dpo.beta=0: "),
         ({"data": DATA, "beta": -0.1}, "dpo.beta=-0.1: "),

@@ -14,14 +14,16 @@ from data.sources import SourceConfig
 from pipeline.config import RunConfig
 from pipeline.inputs import Run, stage_inputs
 from pipeline.metrics import MetricsLog, read_metrics
+from stages.core.answering import load_view
 from stages.core.bank import BankBuilder
 from stages.core.context import Interrupted, StageContext
 from stages.core.rollout.native import NativeEngine
 from stages.eval.config import EvalConfig
 from stages.eval.figures import Mean
-from stages.eval.policies import answer, kl_to_reference, load_view
+from stages.eval.policies import answer, kl_to_reference
 from stages.eval.report import Findings, Measured, make_report
 from stages.eval.stage import open_policies, run
+from tests.chat_server import ChatServer, Reply
 from tests.supervised import SilentView
 from tests.tiny import tiny_model_folder
 
@@ -93,7 +95,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stage_context(models: Path, out: Path, *, stop: bool = False) -> StageContext[EvalConfig]:
+def stage_context(
+    models: Path, out: Path, *, stop: bool = False, scores: dict[str, Any] | None = None
+) -> StageContext[EvalConfig]:
     prompts = [{"prompt": f"the {noun} sat", "noun": noun} for noun in ("cat", "dog", "red house", "mat", "user")]
     words = ["yes", "no", "cat", "dog", "red", "hello", "good", "day", "on", "ran", "to", "the"]
     pairs = [
@@ -108,6 +112,7 @@ def stage_context(models: Path, out: Path, *, stop: bool = False) -> StageContex
         "scores": {
             "nouns": {"function": f"{__name__}:noun_length"},
             "score": {"model": str(models / "reward"), "weight": 2.0},
+            **(scores or {}),
         },
         "response_length": 12,
         "temperature": TEMPERATURE,
@@ -192,6 +197,28 @@ def test_the_stage_writes_report_samples_and_one_line_of_metrics(models: Path, t
     (line,) = read_metrics(context.out)
     assert line["b/score"] == pytest.approx(mean)
     assert result.metrics["b - a/score"] == pytest.approx(line["b/score"] - line["a/score"])
+
+
+def test_a_judge_is_an_evaluator_and_what_it_does_not_grade_does_not_count(models: Path, tmp_path: Path) -> None:
+    """It grades by whether the prompt is about a cat (10), 1 else, and refuses the dog: 1 of 4 at 1, 3 at -1."""
+
+    def grade(body: dict[str, Any]) -> Reply:
+        data = json.loads(body["messages"][-1]["content"].splitlines()[1])
+        asked = json.dumps({name: text for name, text in data.items() if name != "response"})
+        return Reply("No." if "dog" in asked else json.dumps({"score": 10 if "cat" in asked else 1}))
+
+    with ChatServer(grade) as server:
+        judge = {"base_url": server.base_url, "model": "m", "attempts": 1, "max_unanswered": 0.5}
+        context = stage_context(models, tmp_path / "eval", scores={"graded": {"judge": judge}})
+        run(context)
+    report = json.loads((context.out / "report.json").read_text(encoding="utf-8"))
+    assert report["columns"] == ["policy", "nouns", "score", "graded", "kl", "length", "ended"]
+    for policy in ("a", "b"):
+        graded = report["figures"]["policies"][policy]["graded"]
+        assert (graded["mean"], graded["count"]) == (pytest.approx(-0.5), 4)
+    assert report["figures"]["differences"]["b - a"]["graded"]["count"] == 4
+    samples = [json.loads(line) for line in (context.out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["graded"] for row in samples] == [1.0, None, -1.0, -1.0, -1.0] * 2
 
 
 def test_the_accuracy_is_that_of_the_reward_model_alone(models: Path, tmp_path: Path) -> None:

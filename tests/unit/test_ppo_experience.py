@@ -1,5 +1,6 @@
 """What a collector makes of sampled responses: each option of the experience, on a tiny model, worked out again."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from data.rows import Prompt
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.config import SharedConfig, Tuning
 from stages.core.responses import Sampler
-from stages.core.rewards import FunctionScorer
+from stages.core.rewards import Answered, FunctionScorer, Scorer
 from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.protocol import Sampling
 from stages.core.sequences import ResponseBatch
@@ -76,7 +77,7 @@ def collect(
     base: Path,
     config: PpoConfig,
     *,
-    score: ScoreFunction = lengths,
+    score: ScoreFunction | Scorer = lengths,
     bank: PolicyBank | None = None,
     shaper: ScoreShaper | None = None,
 ) -> Experience:
@@ -85,7 +86,8 @@ def collect(
     # Many end tokens, so that some responses end by themselves and some are cut off.
     sampling = Sampling(config.response_length, bank.temperature, tuple(range(1, 100)))
     sampler = Sampler(NativeEngine(bank.policy.trunk, bank.policy.adapter), encoder, sampling, 0)
-    collector = Collector(bank, sampler, FunctionScorer("test", score), config, CPU)
+    scorer = FunctionScorer("test", score) if callable(score) else score
+    collector = Collector(bank, sampler, scorer, config, CPU)
     prompts = [
         EncodedPrompt(encoder.prompt_tokens(text), Prompt(text, origin=f"prompts.jsonl:{row + 1}"))
         for row, text in enumerate(TEXTS)
@@ -251,6 +253,31 @@ def test_a_filtered_response_trains_nothing_and_moves_nobody(base: Path, advanta
         assert not bool(ours.returns_BR[~ours.loss_mask_BR].any())
     assert shapers[0] == shapers[1]
     assert shapers[0].count == sum(plain.responses.finished)
+
+
+class Abstaining:
+    """Scores by length what ended by itself; for the rest it has no score, as a judge may."""
+
+    def score(self, answered: Answered) -> list[float]:
+        scores = lengths(answered.prompts, answered.responses, answered.rows)
+        return [score if ended else math.nan for score, ended in zip(scores, answered.finished, strict=True)]
+
+
+@pytest.mark.parametrize("advantage", ["gae", *CRITICLESS])
+def test_a_response_without_a_score_is_left_out_as_a_filtered_one_is(base: Path, advantage: str) -> None:
+    settings: dict[str, object] = {"advantage": advantage, "score": {"normalize": True}}
+    config = ppo_config(**settings)
+    shapers = [ScoreShaper(config.score) for _ in range(2)]
+    unscored = collect(base, config, score=Abstaining(), shaper=shapers[0])
+    filtered = collect(base, ppo_config(**settings, overlong={"filter": True}), shaper=shapers[1])
+    assert 0 < int(unscored.score_B.isnan().sum()) < len(unscored.score_B)
+    assert torch.equal(unscored.loss_mask_BR, filtered.loss_mask_BR)
+    assert torch.equal(unscored.advantages_BR, filtered.advantages_BR)
+    assert shapers[0] == shapers[1]
+    figures = figures_of(unscored, config)
+    known = [score for score in unscored.score_B.tolist() if not math.isnan(score)]
+    assert figures["score/mean"] == pytest.approx(sum(known) / len(known))
+    assert figures["score/missing"] == len(unscored.score_B) - len(known)
 
 
 def test_without_the_filter_every_sampled_token_trains(base: Path) -> None:
