@@ -12,3 +12,10 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems: Sequence[str] = problems
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+        return type(self), tuple(self.problems)  # so that it can be sent to other processes
+
+
+class SharedUserError(UserError):
+    """A UserError that every rank of a run raises alike; the first of them tells it."""

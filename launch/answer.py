@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from data.errors import UserError
+from data.errors import SharedUserError, UserError
+from launch.cluster import RankError
 from stages.core.context import Interrupted
 from stages.core.rollout.protocol import EngineError
 
@@ -29,24 +30,43 @@ class Answer:
 def answering(action: Callable[[], Answer], *, as_json: bool) -> int:
     """The exit status of `action`, its answer printed; what the user can mend becomes one line per problem."""
     with _machine_output() if as_json else contextlib.nullcontext() as machine:
-        try:
-            answer = action()
-        except UserError as error:
-            answer = Answer({"status": "error", "problems": list(error.problems)}, lambda: None, MENDABLE)
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-        except EngineError as error:
-            answer = Answer({"status": "error", "problems": [str(error)]}, lambda: None, FAILED)
-            print(f"error: {error}", file=sys.stderr)
-        except Interrupted as error:
-            reason = str(error) or "stopped between stages"
-            answer = Answer({"status": "stopped", "reason": reason}, lambda: None, STOPPED)
-            print(f"{reason}; the same command resumes", file=sys.stderr)
+        answer = _outcome(action)
         if machine is None:
             answer.show()
-        else:
+        elif _rank() == "0":
             machine.write(json.dumps(answer.data, ensure_ascii=False, default=str) + "\n")
     return answer.status
+
+
+def _outcome(action: Callable[[], Answer]) -> Answer:
+    """The answer of `action`, or what its failure comes to, told on stderr; what all ranks say the first one tells."""
+    try:
+        return action()
+    except UserError as error:
+        rank = _rank()
+        for problem in error.problems if rank == "0" or not isinstance(error, SharedUserError) else ():
+            print(f"error: {problem}" if rank == "0" else f"error on rank {rank}: {problem}", file=sys.stderr)
+        return Answer({"status": "error", "problems": list(error.problems)}, _nothing, MENDABLE)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return Answer({"status": "error", "problems": [str(error)]}, _nothing, FAILED)
+    except RankError as error:
+        print(f"error: {error}", *(f"  | {line}" for line in error.lines), sep="\n", file=sys.stderr)
+        return Answer({"status": "error", "problems": [str(error)], "log": error.lines}, _nothing, FAILED)
+    except Interrupted as error:
+        reason = str(error) or "stopped between stages"
+        if _rank() == "0":
+            print(f"{reason}; the same command resumes", file=sys.stderr)
+        return Answer({"status": "stopped", "reason": reason}, _nothing, STOPPED)
+
+
+def _rank() -> str:
+    """This process's place among those that torchrun, srun or their kin started; 0 by itself."""
+    return os.environ.get("RANK", "0")
+
+
+def _nothing() -> None:
+    """What is left to show after an error."""
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ _COMMANDS = {
     "ppo": "Optimise the policy against a reward.",
     "eval": "Compare policies on prompts none was trained on.",
     "run": "Run the whole chain; finished stages are skipped.",
-    "plan": "Everything short of training: data checks, masks shown, batch arithmetic, memory; writes nothing.",
 }
 _EPILOG = (
     "Exit status: 0 done; 2 you can mend it; 75 stopped by a signal, resume with the same command; 1 anything else."
@@ -49,9 +48,16 @@ Resume = Annotated[
     typer.Option("--resume", metavar="auto|never|must", help="What to do about an unfinished stage."),
 ]
 Gpus = Annotated[
-    int | None, typer.Option("--gpus", metavar="N", help="0: CPU only; 1: one GPU. Default: a GPU if there is one.")
+    int | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        help="0: the CPU; 1: one GPU; more: that many processes (on each host), a GPU each where there are GPUs.",
+    ),
 ]
-Hostfile = Annotated[Path | None, typer.Option("--hostfile", metavar="FILE", help="Hosts to train on (not yet).")]
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", metavar="FILE", help="Hosts to train on, `name slots=4` a line, by ssh.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 
 
@@ -68,23 +74,14 @@ def _add_command(name: str) -> None:
     ) -> None:
         from launch.worker import Request, carry_out
 
-        request = Request(
-            command=name,
-            config=config,
-            overrides=tuple(overrides or ()),
-            out=out,
-            plan_only=dry_run or name == "plan",
-            resume=resume,
-            gpus=gpus,
-            hostfile=hostfile,
-        )
-        raise typer.Exit(_guarded(lambda: carry_out(request), as_json=as_json))
+        where = (tuple(overrides or ()), out, dry_run, resume, gpus, hostfile)
+        raise typer.Exit(_guarded(lambda: carry_out(Request(name, config, *where)), as_json=as_json))
 
     app.command(name, help=_COMMANDS[name])(command)
 
 
 def _add_label() -> None:
-    def label(  # noqa: PLR0913 -- an option is a parameter
+    def label(
         config: Config,
         overrides: Overrides = None,
         people: Annotated[bool, typer.Option("--people", help="Serve a local page on which people compare.")] = False,
@@ -120,6 +117,33 @@ for _name in _COMMANDS:
         _add_label()
     else:
         _add_command(_name)
+
+
+@app.command(
+    help="Everything short of training: data checks, masks shown, batch arithmetic, memory, time; writes nothing."
+)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = "auto",
+    gpus: Gpus = None,
+    hostfile: Hostfile = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="Estimate time and fit for it: h100-80gb, a100-80gb, …"),
+    ] = None,
+    show: Annotated[
+        Literal["deepspeed"] | None,
+        typer.Option("--show", metavar="deepspeed", help="Print DeepSpeed's JSON as the run would have it, no more."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    from launch.worker import Request, carry_out
+
+    where = (tuple(overrides or ()), out, True, resume, gpus, hostfile)
+    request = Request("plan", config, *where, device=device, show=show)
+    raise typer.Exit(_guarded(lambda: carry_out(request), as_json=as_json))
 
 
 @app.command(help="What is installed, what is missing, and what would run here.")

@@ -17,8 +17,9 @@ from data.errors import UserError
 from launch.answer import MENDABLE, Answer
 from stages.core.rollout.server import find_vllm
 
-_SHOWN = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-_OPTIONAL = ("deepspeed", "wandb", "trackio")
+_SHOWN = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")
+_OPTIONAL = ("wandb", "trackio")
+_HOST_PROGRAMS = ("ssh", "pdsh")  # that --hostfile needs
 _GIB = 2**30
 
 
@@ -93,7 +94,9 @@ def _package(requirement: Requirement) -> Check:
 def _optional_packages() -> list[Check]:
     installed = {name: _version(name) for name in _OPTIONAL}
     checks = [Check(name, version or "not installed (optional)") for name, version in installed.items()]
-    return [*checks, _vllm()]
+    missing = [name for name in _HOST_PROGRAMS if shutil.which(name) is None]
+    hosts = f"not without {' and '.join(missing)} (optional)" if missing else "ssh and pdsh are here"
+    return [*checks, _vllm(), Check("several hosts", hosts)]
 
 
 def _vllm() -> Check:
@@ -157,5 +160,7 @@ def _would_run() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"every stage, in one process on {torch.cuda.get_device_name(0)}; try dtype=bfloat16"
+        count = torch.cuda.device_count()
+        many = f", or with --gpus {count} in as many" if count > 1 else ""
+        return f"every stage, in one process on {torch.cuda.get_device_name(0)}{many}; try dtype=bfloat16"
     return f"every stage, in one process on the CPU with {torch.get_num_threads()} threads; start with quickstart"

@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from data.artifacts import LEDGER_FILES, Artifact, read_manifest, write_atomically, write_manifest
+from data.artifacts import LEDGER_FILES, read_manifest, write_atomically, write_manifest
 from data.errors import UserError
 from pipeline.config import dump_config
 from pipeline.inputs import Run, require_inputs, stage_facts, stage_inputs, stage_key
 from pipeline.manifest import describe
-from pipeline.metrics import MetricsLog, View
+from pipeline.metrics import MetricsLog, Silence, View
 from pipeline.preflight import check_present
 from pipeline.state import FACTS_FILE, Decision, Resume, decide
 from pipeline.trackers import check_trackers, open_trackers
-from stages.core.context import Interrupted, StageContext, StageResult
+from stages.core import ranks
+from stages.core.context import Interrupted, Metrics, StageContext, StageResult
+
+_ALONE = ("toy", "label")  # too small to share, or waiting for the answers of others
 
 
 class StageViewer(Protocol):
@@ -39,7 +42,7 @@ class Launch:
     resume: Resume
     viewer: StageViewer
     say: Callable[[str], None]
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], bool]  # the same answer on every rank; to be asked by all of them
     before_stage: Callable[[], None]  # seeds, so that a stage does not depend on which others ran in this process
 
 
@@ -57,10 +60,12 @@ class Outcome:
 
 
 def run_stages(launch: Launch, names: Sequence[str]) -> list[Outcome]:
-    """Runs the named stages in order, each as its folder's state asks. Raises UserError, Interrupted."""
-    check_trackers(launch.run.config)
-    check_present(launch.run, names)
-    with lock(launch.run.folder):
+    """Runs the named stages in order, each as its folder's state asks. Raises UserError, Interrupted.
+
+    Every rank calls this. Rank 0 decides and writes; the others take part in what trains.
+    """
+    with contextlib.ExitStack() as held:
+        ranks.on_main(lambda: _begin(launch, names, held))
         outcomes: list[Outcome] = []
         resume = launch.resume
         for stage in names:
@@ -70,6 +75,12 @@ def run_stages(launch: Launch, names: Sequence[str]) -> list[Outcome]:
             if outcomes[-1].action == "resumed" and resume == "must":
                 resume = "auto"  # the stages after the resumed one were never begun
         return outcomes
+
+
+def _begin(launch: Launch, names: Sequence[str], held: contextlib.ExitStack) -> None:
+    check_trackers(launch.run.config)
+    check_present(launch.run, names)
+    held.enter_context(lock(launch.run.folder))
 
 
 @contextlib.contextmanager
@@ -88,21 +99,45 @@ def lock(folder: Path) -> Generator[None]:
 
 def _settle(launch: Launch, stage: str, resume: Resume) -> Outcome:
     """Skips, resumes or builds one stage."""
+    folder = launch.run.stage_folder(stage)
+    begun = time.monotonic()
+    order = ranks.on_main(lambda: _order(launch, stage, resume))
+    if order.decision.action == "skip":
+        metrics = read_manifest(folder).metrics if ranks.current().is_main else {}
+        return Outcome(stage, "skipped", str(folder), order.decision.why, order.key, metrics=metrics)
+    if stage in _ALONE:
+        metrics = ranks.alone(lambda: _build(launch, stage, order), Interrupted)
+    else:
+        metrics = _build(launch, stage, order)
+    seconds = round(time.monotonic() - begun, 3)
+    action = "resumed" if order.decision.action == "resume" else "built"
+    if ranks.current().is_main:
+        launch.say(f"{stage}: done in {seconds:.1f} s ({folder})")
+    return Outcome(stage, action, str(folder), order.decision.why, order.key, seconds, metrics)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What rank 0 says is to be done about a stage."""
+
+    decision: Decision
+    key: str
+    parents: list[Path]
+
+
+def _order(launch: Launch, stage: str, resume: Resume) -> _Order:
+    """Rank 0's part: the decision, and a folder that is ready for it."""
     run, folder = launch.run, launch.run.stage_folder(stage)
     parents = require_inputs(run, stage)
     facts = stage_facts(run, stage)
     decision = decide(folder, facts, resume=resume)
     if decision.action == "skip":
         launch.say(f"{stage}: skipped, already built ({folder})")
-        metrics = read_manifest(folder).metrics
-        return Outcome(stage, "skipped", str(folder), decision.why, stage_key(facts), metrics=metrics)
-    _make_room(launch, stage, decision)
-    begun = time.monotonic()
-    artifact = _build(launch, stage, facts, list(parents.values()))
-    seconds = round(time.monotonic() - begun, 3)
-    launch.say(f"{stage}: done in {seconds:.1f} s ({folder})")
-    action = "resumed" if decision.action == "resume" else "built"
-    return Outcome(stage, action, str(folder), decision.why, artifact.key, seconds, artifact.metrics)
+    else:
+        _make_room(launch, stage, decision)
+        write_atomically(folder / "config.yaml", dump_config(run.config))
+        write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    return _Order(decision, stage_key(facts), list(parents.values()))
 
 
 def _make_room(launch: Launch, stage: str, decision: Decision) -> None:
@@ -140,14 +175,11 @@ def load_stage(stage: str) -> Callable[[StageContext[Any]], StageResult]:
     return importlib.import_module(f"stages.{stage}.stage").run
 
 
-def _build(launch: Launch, stage: str, facts: Mapping[str, Any], parents: Sequence[Path]) -> Artifact:
-    """Runs one stage in its folder and writes the manifest last."""
+def _build(launch: Launch, stage: str, order: _Order) -> Mapping[str, float]:
+    """Runs one stage in its folder; its metrics, once rank 0 has written the manifest, which comes last."""
     launch.before_stage()
     run, folder = launch.run, launch.run.stage_folder(stage)
-    write_atomically(folder / "config.yaml", dump_config(run.config))
-    write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    trackers = open_trackers(run.config, stage, folder, run.config.model_dump(mode="json"))
-    with launch.viewer(stage) as view, contextlib.closing(MetricsLog(folder, view=view, trackers=trackers)) as metrics:
+    with _metrics(launch, stage) as metrics:
         context = StageContext[Any](
             stage=stage,
             out=folder,
@@ -156,11 +188,27 @@ def _build(launch: Launch, stage: str, facts: Mapping[str, Any], parents: Sequen
             shared=run.config,
             config=getattr(run.config, stage),
             inputs=stage_inputs(run, stage),
-            key=stage_key(facts),
+            key=order.key,
             metrics=metrics,
             should_stop=launch.should_stop,
         )
         result = load_stage(stage)(context)
-    artifact = describe(folder, stage=stage, key=context.key, result=result, parents=parents)
+    return ranks.on_main(lambda: _publish(folder, stage, order, result))
+
+
+def _publish(folder: Path, stage: str, order: _Order, result: StageResult) -> Mapping[str, float]:
+    artifact = describe(folder, stage=stage, key=order.key, result=result, parents=order.parents)
     write_manifest(folder, artifact)
-    return artifact
+    return artifact.metrics
+
+
+@contextlib.contextmanager
+def _metrics(launch: Launch, stage: str) -> Generator[Metrics]:
+    """Where the stage reports: nowhere, but on rank 0."""
+    if not ranks.current().is_main:
+        yield Silence()
+        return
+    run, folder = launch.run, launch.run.stage_folder(stage)
+    trackers = open_trackers(run.config, stage, folder, run.config.model_dump(mode="json"))
+    with launch.viewer(stage) as view, contextlib.closing(MetricsLog(folder, view=view, trackers=trackers)) as metrics:
+        yield metrics

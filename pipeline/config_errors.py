@@ -12,8 +12,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 MISSING = object()
-# Where the general message would not tell the user enough.
-_NOT_YET = {"distributed.strategy": "this version trains in one process; use none"}
 _WRONG_SHAPE = {
     "model_type": "a mapping",
     "dict_type": "a mapping",
@@ -36,7 +34,7 @@ def problem_lines(error: ValidationError, raw: object, model: type[BaseModel]) -
         by_key.setdefault(".".join(map(str, _clean(details, raw))), []).append(details)
     lines: list[str] = []
     for key, group in by_key.items():
-        message = _message(key, group, raw, model)
+        message = _message(group, raw, model)
         if group[0]["type"] == "value_error" and re.match(r"[a-z_]+=", message):
             lines.append(f"{key}.{message}" if key else message)  # a check across fields names the field itself
             continue
@@ -125,10 +123,8 @@ def _value(raw: object, location: Iterable[int | str]) -> object:
     return raw
 
 
-def _message(key: str, group: Sequence[ErrorDetails], raw: object, model: type[BaseModel]) -> str:
+def _message(group: Sequence[ErrorDetails], raw: object, model: type[BaseModel]) -> str:
     first = group[0]
-    if key in _NOT_YET:
-        return _NOT_YET[key]
     if first["type"] == "extra_forbidden":
         return _unknown_key(_clean(first, raw), model)
     if first["type"] == "missing":

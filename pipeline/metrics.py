@@ -103,6 +103,25 @@ class MetricsLog:
                 pass  # shown when it was new
 
 
+class Silence:
+    """Where a rank reports that is not rank 0: nowhere."""
+
+    def start(self, total_steps: int, unit: str) -> None:
+        """Nothing."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a stage's metrics.jsonl, in order; none where it has not begun."""
     path = folder / "metrics.jsonl"

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from pipeline.inputs import is_path
-from stages.core.memory import known_config
+from stages.core.known_models import known_config
 
 
 def cached_file(hub_id: str, name: str) -> Path | None:

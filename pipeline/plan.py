@@ -8,9 +8,11 @@ from data.errors import UserError
 from pipeline.engines import judge_problems, stage_engine
 from pipeline.inputs import Run, missing_inputs, stage_facts, stage_inputs
 from pipeline.plan_batches import ppo_arithmetic, supervised_arithmetic
+from pipeline.plan_choices import Choice, Place, stage_choices, stage_time
 from pipeline.plan_data import DataPlan, check_data, unbuilt_sources
 from pipeline.plan_label import given_pairs, label_arithmetic
 from pipeline.plan_memory import memory_estimate
+from pipeline.plan_time import Seconds
 from pipeline.state import Resume, decide
 
 
@@ -26,14 +28,16 @@ class StagePlan:
     memory: dict[str, int] | str
     engine: str = ""  # that would sample, and where; empty: the stage samples nothing
     problems: list[str] = field(default_factory=list[str])
+    seconds: Seconds | None = None  # of one step or update, where a device is named
+    choices: list[Choice] = field(default_factory=list[Choice])  # strategies and what each would take
 
 
-def make_plan(run: Run, names: Sequence[str], *, resume: Resume) -> list[StagePlan]:
+def make_plan(run: Run, names: Sequence[str], *, resume: Resume, place: Place | None = None) -> list[StagePlan]:
     """A plan for each named stage, in order. Reads configs, tokenizers and rows; no weights; writes nothing."""
     plans: list[StagePlan] = []
     for stage in names:
         changing = [plan.stage for plan in plans if plan.action != "skip"]
-        plans.append(_plan_stage(run, stage, changing=changing, resume=resume))
+        plans.append(_plan_stage(run, stage, changing=changing, resume=resume, place=place or Place()))
     return plans
 
 
@@ -42,7 +46,7 @@ def plan_data(plans: Sequence[StagePlan], run: Run) -> dict[str, Any]:
     return {"out": str(run.folder), "stages": [asdict(plan) for plan in plans]}
 
 
-def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> StagePlan:
+def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume, place: Place) -> StagePlan:
     problems: list[str] = []
     action, why = "build", ""
     try:
@@ -63,9 +67,19 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
     if engine is not None:
         problems += engine.problems
     problems += judge_problems(run, stage)
-    memory = memory_estimate(run, stage, data.longest) if stage != "toy" else "less than 1 GB"
-    batches, sampler = _batches(run, stage, data), engine.text if engine is not None else ""
-    return StagePlan(stage, action, why, data, batches, memory, sampler, problems)
+    spread = place.spread(run.config.distributed.strategy, run.config.distributed.offload)
+    return StagePlan(
+        stage=stage,
+        action=action,
+        why=why,
+        data=data,
+        batches=_batches(run, stage, data, place.ranks),
+        memory=memory_estimate(run, stage, data.longest, spread) if stage != "toy" else "less than 1 GB",
+        engine=engine.text if engine is not None else "",
+        problems=problems,
+        seconds=stage_time(run, stage, data.mean, place, spread),
+        choices=stage_choices(run, stage, (data.longest, data.mean), place),
+    )
 
 
 def _decision(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> tuple[str, str]:
@@ -83,11 +97,11 @@ def _decision(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) 
     return decision.action, decision.why
 
 
-def _batches(run: Run, stage: str, data: DataPlan) -> list[str]:
+def _batches(run: Run, stage: str, data: DataPlan, ranks: int) -> list[str]:
     config = run.config
     if stage == "ppo" and config.ppo is not None:
-        return ppo_arithmetic(config.ppo)
+        return ppo_arithmetic(config.ppo, ranks)
     if stage == "label" and config.label is not None:
         return label_arithmetic(config.label, data.rows.get("train"))
     section = config.supervised(stage)
-    return supervised_arithmetic(section, data.rows.get("train")) if section is not None else []
+    return supervised_arithmetic(section, data.rows.get("train"), ranks) if section is not None else []

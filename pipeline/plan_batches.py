@@ -5,14 +5,14 @@ import math
 from stages.core.supervised_config import SupervisedSection
 from stages.ppo.config import PpoConfig
 
-RANKS = 1  # this version trains in one process
 
-
-def supervised_arithmetic(section: SupervisedSection, train_rows: int | None) -> list[str]:
+def supervised_arithmetic(section: SupervisedSection, train_rows: int | None, ranks: int = 1) -> list[str]:
     """The lines for sft, rm and dpo; without row counts where the rows are not known yet."""
+    rows = math.ceil(section.batch_size / ranks)
+    at_once = min(section.microbatch_size, rows)
     lines = [
-        f"batch {section.batch_size} = {section.rows_per_pass} rows per device x {section.accumulation} accumulation "
-        f"x {RANKS} rank"
+        f"batch {section.batch_size} = {'at most ' if section.batch_size % ranks else ''}{at_once} rows per device "
+        f"x {math.ceil(rows / at_once)} accumulation x {_count(ranks)}"
     ]
     if section.max_steps is not None:
         lines.append(f"{section.max_steps} optimizer steps (max_steps), {section.max_steps * section.batch_size} rows")
@@ -27,14 +27,14 @@ def supervised_arithmetic(section: SupervisedSection, train_rows: int | None) ->
     return lines
 
 
-def ppo_arithmetic(section: PpoConfig) -> list[str]:
+def ppo_arithmetic(section: PpoConfig, ranks: int = 1) -> list[str]:
     """The lines for ppo."""
     prompts = section.prompts_per_update
     minibatches = section.minibatches
     per_update = minibatches * section.epochs
     lines = [
         f"{section.rollout_batch_size} responses per update = {prompts} prompts x {section.samples_per_prompt} "
-        f"samples, on {RANKS} rank",
+        f"samples, on {_count(ranks)}",
         f"{section.rollout_batch_size} responses / {section.minibatch_size} per minibatch = {minibatches} minibatches; "
         f"x {section.epochs} epochs = {per_update} optimizer steps per update",
         f"{section.updates} updates = {section.updates * section.rollout_batch_size} episodes, "
@@ -44,3 +44,7 @@ def ppo_arithmetic(section: PpoConfig) -> list[str]:
     if section.ptx is not None:
         lines.append(f"ptx: {section.ptx.batch_size} demonstrations in every optimizer step of the policy")
     return lines
+
+
+def _count(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"

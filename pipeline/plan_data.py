@@ -46,6 +46,7 @@ class DataPlan:
     histogram: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])  # from, to, rows
     examples: list[list[Piece]] = field(default_factory=list[list[Piece]])
     longest: int = 0
+    mean: float = 0.0  # tokens of a row
     unchecked: str = ""
     problems: list[str] = field(default_factory=list[str])
 
@@ -171,6 +172,7 @@ def _data_plan(run: Run, prepared: Prepared[Any], tokenizer: "PreTrainedTokenize
         histogram=length_histogram(report.lengths),
         examples=[list(_pieces(row, tokenizer)) for row in prepared.train[:_EXAMPLES]],
         longest=max(report.lengths, default=0),
+        mean=sum(report.lengths) / len(report.lengths) if report.lengths else 0.0,
         problems=problems,
     )
 

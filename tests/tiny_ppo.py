@@ -11,6 +11,7 @@ from data.encoded import EncodedPrompt
 from data.rows import Prompt
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.config import SharedConfig, Tuning
+from stages.core.engine import PlainEngine
 from stages.core.responses import Responses, Sampler
 from stages.core.rewards import FunctionScorer
 from stages.core.rollout.native import NativeEngine
@@ -19,7 +20,7 @@ from stages.ppo.config import PpoConfig
 from stages.ppo.control import ScoreShaper
 from stages.ppo.experience import Collector, Experience
 from stages.ppo.ptx import Ptx
-from stages.ppo.update import Updater
+from stages.ppo.update import Updater, training_of
 
 CPU = torch.device("cpu")
 TEXTS = ["the cat", "a dog ran to", "say", "user: hello assistant:", "red", "yes or no", "good day the house", "mat"]
@@ -39,10 +40,10 @@ def ppo_config(**changes: object) -> PpoConfig:
     return PpoConfig.model_validate(settings | changes)
 
 
-def make_bank(base: Path, critic: str | None = "adapter", method: str = "lora") -> PolicyBank:
+def make_bank(base: Path, critic: str | None = "adapter", method: str = "lora", **shared: object) -> PolicyBank:
     """A bank whose policy is not its reference and whose critic, where it has one, is not zero."""
     torch.manual_seed(0)
-    builder = BankBuilder(SharedConfig(base_model=str(base)), device=CPU)
+    builder = BankBuilder(SharedConfig.model_validate({"base_model": str(base), **shared}), device=CPU)
     tuning = Tuning(rank=4, alpha=8) if method == "lora" else Tuning(method="full")
     bank = builder.policy_bank(str(base), tuning, 0.8)
     if critic is not None:
@@ -69,10 +70,17 @@ def make_experience(bank: PolicyBank, base: Path, config: PpoConfig) -> Experien
     return collector.collect(responses, kl_coef=0.1, shaper=ScoreShaper(config.score))
 
 
+def updater_of(
+    bank: PolicyBank, config: PpoConfig, optimizer: torch.optim.Optimizer, *, seed: int = 0, ptx: Ptx | None = None
+) -> Updater:
+    """The updater of one process."""
+    return Updater(bank, config, PlainEngine(training_of(bank, config, optimizer)), CPU, seed, ptx)
+
+
 def still_updater(bank: PolicyBank, config: PpoConfig, seed: int = 0, ptx: Ptx | None = None) -> Updater:
     """An updater whose steps move nothing: the gradients stay to be looked at."""
     optimizer = torch.optim.SGD([{"params": list(bank.trained().values()), "lr": 0.0, "peak_lr": 0.0}])
-    return Updater(bank, config, optimizer, CPU, seed, ptx)
+    return updater_of(bank, config, optimizer, seed=seed, ptx=ptx)
 
 
 def gradients(bank: PolicyBank) -> dict[str, Tensor]:

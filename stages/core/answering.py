@@ -5,6 +5,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Literal
 
+from stages.core import ranks
 from stages.core.bank import BankBuilder, PolicyBank, View
 from stages.core.models import load_model, resolve_model
 from stages.core.rollout.choice import choose_engine
@@ -46,7 +47,7 @@ def engine_of(
 ) -> Generator[RolloutEngine]:
     """An engine that has the policy as its version 0, for up to `responses` at once; it is closed in the end."""
     engine = start_engine(
-        choose_engine(config, section),
+        ranks.from_main(choose_engine(config, section)),
         config,
         NativeEngine(view.trunk, view.adapter),
         lambda: files_of(source, view),

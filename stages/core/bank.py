@@ -101,17 +101,20 @@ class PolicyBank:
         hidden_ND = view.trunk.hidden(batch.packed, view.adapter)
         return self._values(hidden_ND[batch.before_M]), self._values(hidden_ND[batch.packed.last_B])
 
-    def outputs(self, batch: ResponseBatch, *, entropy: bool = False) -> TokenOutputs:
+    def outputs(self, batch: ResponseBatch, *, entropy: bool = False, policy_trains: bool = True) -> TokenOutputs:
         """What one pass of the policy gives the update; a critic with a trunk of its own is asked by `values`.
 
-        The entropy, in nats, is that of the policy's whole softmax at the temperature.
+        The entropy, in nats, is that of the policy's whole softmax at the temperature. Where the policy does not train,
+        a shared critic's head alone has a gradient.
         """
-        hidden_MD = self.policy.hidden_before(batch)
-        head, entropy_M = self.policy.trunk.lm_head, None
-        if entropy:
-            logprobs_M, entropy_M = token_logprobs_and_entropy(hidden_MD, head, batch.targets_M, self.temperature)
-        else:
-            logprobs_M = token_logprobs(hidden_MD, head, batch.targets_M, self.temperature)
+        entropy_M = None
+        with torch.set_grad_enabled(policy_trains and torch.is_grad_enabled()):
+            hidden_MD = self.policy.hidden_before(batch)
+            head = self.policy.trunk.lm_head
+            if entropy:
+                logprobs_M, entropy_M = token_logprobs_and_entropy(hidden_MD, head, batch.targets_M, self.temperature)
+            else:
+                logprobs_M = token_logprobs(hidden_MD, head, batch.targets_M, self.temperature)
         is_shared = self.value is None and self.value_head is not None
         return TokenOutputs(logprobs_M, self._values(hidden_MD) if is_shared else None, entropy_M)
 
@@ -176,7 +179,7 @@ class BankBuilder:
             self.frozen.add_adapter("policy", config, weights)
             self.frozen.add_adapter("reference", config, weights)
             reference = View(self.frozen, "reference")
-        self.frozen.train(policy.parameters())
+        self.frozen.train(policy.parameters(), recompute=self.shared.gradient_checkpointing)
         return PolicyBank(policy, reference, source, found.base, temperature)
 
     def _full_bank(self, source: str, temperature: float) -> PolicyBank:
@@ -186,7 +189,7 @@ class BankBuilder:
         self.frozen_base = found.base if found.adapter is None else None
         trunk = Trunk(model, self.device, autocast=self._is_bfloat16)
         trunk.check_head()
-        trunk.train(trunk.model.parameters())
+        trunk.train(trunk.model.parameters(), recompute=self.shared.gradient_checkpointing)
         return PolicyBank(View(trunk, None), View(self.frozen, None), source, found.base, temperature)
 
     def _trunk(self, base: str) -> Trunk:
@@ -278,7 +281,7 @@ class BankBuilder:
             # LoRA by definition, also beside a fully trained policy.
             own = tuning if tuning.method == "lora" else Tuning()
             self.frozen.add_adapter("value", lora_config(own, "CAUSAL_LM"))
-        self.frozen.train(self.frozen.adapter_parameters("value"))
+        self.frozen.train(self.frozen.adapter_parameters("value"), recompute=self.shared.gradient_checkpointing)
         return View(self.frozen, "value")
 
     def _value_model(self, bank: PolicyBank, tuning: Tuning, reward: RewardModel | None) -> View:
@@ -289,13 +292,13 @@ class BankBuilder:
         full = tuning.method == "full"
         trunk = Trunk(model if full else model.to(self._dtype), self.device, autocast=full and self._is_bfloat16)
         if full:
-            trunk.train(trunk.backbone.parameters())
+            trunk.train(trunk.backbone.parameters(), recompute=self.shared.gradient_checkpointing)
             return View(trunk, None)
         config = lora_config(tuning, "CAUSAL_LM")
         if is_reward_model(model):
             config.exclude_modules = ["score"]  # its own head is read by nobody: `value_head` is a copy
         trunk.add_adapter("value", config)
-        trunk.train(trunk.adapter_parameters("value"))
+        trunk.train(trunk.adapter_parameters("value"), recompute=self.shared.gradient_checkpointing)
         return View(trunk, "value")
 
 

@@ -174,7 +174,11 @@ class FastBlock(nn.Module):
     reads_M: Tensor | None = None  # the tokens whose output anybody reads, where a caller named them
     packed: PackedBlock | None = None  # while a caller decodes
 
-    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """What `forward` gives; a block computed anew in the backward pass reads the tokens that it read before."""
+        return super().__call__(*inputs, reads_M=self.reads_M, **options)
+
+    def forward(self, hidden_states: Tensor, reads_M: Tensor | None = None, **options: Any) -> Tensor:
         """The block's output 1ND. Unpacked tokens, and layers that we cannot run, run as they always do."""
         layout = options.get("layout")
         if not isinstance(layout, Layout):
@@ -185,13 +189,13 @@ class FastBlock(nn.Module):
             mixed_ND = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0][0]
         else:
             mixed_ND = self._attend(inputs, layout).to(x_ND.dtype)
-        if self.reads_M is not None:
-            x_ND, mixed_ND = x_ND.index_select(0, self.reads_M), mixed_ND.index_select(0, self.reads_M)
+        if reads_M is not None:
+            x_ND, mixed_ND = x_ND.index_select(0, reads_M), mixed_ND.index_select(0, reads_M)
         if inputs is not None:
             mixed_ND = self.self_attn.o_proj(mixed_ND) if self.packed is None else self.packed.output(mixed_ND)
         out_ND = self._feed_forward(x_ND + mixed_ND)
-        if self.reads_M is not None:
-            out_ND = out_ND.new_zeros(hidden_states.shape[1:]).index_copy(0, self.reads_M, out_ND)
+        if reads_M is not None:
+            out_ND = out_ND.new_zeros(hidden_states.shape[1:]).index_copy(0, reads_M, out_ND)
         return out_ND[None]
 
     def _attend(self, inputs: tuple[Tensor, Tensor, Tensor], layout: Layout) -> Tensor:
@@ -203,7 +207,7 @@ class FastBlock(nn.Module):
             scaling=attention.scaling,
             # Mistral's attention has its window in the config, Qwen's is a layer's own.
             sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
-            dropout=attention.attention_dropout if self.training else 0.0,
+            dropout=attention.attention_dropout if attention.training else 0.0,
             layout=layout,
         )
         return mixed_1NHE[0].flatten(1)

@@ -1,8 +1,8 @@
 """The facts that every stage shares, and the base of every config section. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.paths import ConfigPath
 from data.sources import SourceConfig
@@ -31,9 +31,39 @@ class Tuning(Section):
 
 
 class Distributed(Section):
-    """How a stage is spread over processes."""
+    """How a stage is spread over processes. Nothing here changes a result."""
 
-    strategy: Literal["none"] = Field(default="none", description="one plain process")
+    strategy: Literal["none", "ddp", "zero1", "zero2", "zero3"] = Field(
+        default="none",
+        description="none: one plain process; ddp: each rank holds everything; zero1, 2, 3 (DeepSpeed): ranks share "
+        "optimizer state, gradients too, parameters too (Rajbhandari et al. 2020, 1910.02054)",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        default="none",
+        description="what waits in CPU memory: optimizer state (zero1, 2, 3), and with zero3 parameters too",
+    )
+    deepspeed: ConfigPath | None = Field(
+        default=None, description="a DeepSpeed JSON of your own, in place of the one that `launch plan` shows"
+    )
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed holds the trained parameters."""
+        return self.strategy.startswith("zero")
+
+    @model_validator(mode="after")
+    def _strategy_uses_its_keys(self) -> Self:
+        if self.offload != "none" and not self.is_zero:
+            raise ValueError(
+                f"offload={self.offload}: no effect with strategy={self.strategy}; use strategy=zero1, zero2 or zero3"
+            )
+        if self.offload == "parameters" and self.strategy != "zero3":
+            raise ValueError(f"offload=parameters: needs strategy=zero3, not {self.strategy}; or use offload=optimizer")
+        if self.deepspeed is not None and not self.is_zero:
+            raise ValueError(
+                f"deepspeed={self.deepspeed}: no effect with strategy={self.strategy}; use zero1, zero2 or zero3"
+            )
+        return self
 
 
 class SharedConfig(Section):
@@ -56,6 +86,9 @@ class SharedConfig(Section):
     )
     packing: bool = Field(default=True, description="no padding outside attention; false pads batches the usual way")
     tuning: Tuning = Tuning()
+    gradient_checkpointing: bool = Field(
+        default=False, description="keeps no activations of a block and computes them anew in the backward pass"
+    )
     distributed: Distributed = Distributed()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2

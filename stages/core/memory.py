@@ -15,40 +15,10 @@ BYTES = {"float32": 4, "bfloat16": 2}
 WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3")  # stages.core.blocks.FAMILY
 GRADIENT_BYTES = 4  # trained parameters are float32
 ADAM_BYTES = 8  # two float32 moments
+BUCKET_BYTES = 64 * 2**20  # stages.core.engine sums so much of the gradients at a time
+ZERO_BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time, and gathers ahead
+ZERO_LIVE = 100_000_000  # elements that ZeRO-3 holds gathered at a time
 CHUNK_LOGITS = 2**26  # stages.core.logprobs holds at most this many at once on a GPU, fewer on a CPU
-
-# Dimensions of models that recipes name, so that they are estimated before anything is downloaded.
-_KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "Qwen/Qwen2.5-0.5B-Instruct": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-        "attention_bias": True,
-    },
-    "Qwen/Qwen2.5-7B-Instruct": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-        "attention_bias": True,
-    },
-    "meta-llama/Llama-3.1-8B-Instruct": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -100,12 +70,17 @@ class ModelShape:
         """Keys and values of `tokens` tokens in all layers."""
         return 2 * self.layers * self.kv_width * tokens * bytes_each
 
-    def activation_bytes(self, tokens: int, bytes_each: int) -> int:
-        """What the blocks save for the backward pass over `tokens` packed tokens."""
+    def activation_bytes(self, tokens: int, bytes_each: int, *, checkpointing: bool = False) -> int:
+        """What the blocks save for the backward pass over `tokens` packed tokens.
+
+        With gradient checkpointing each keeps its input alone, and one block at a time the rest.
+        """
         norms = (2 if self.written_out else 4) * self.hidden  # inputs of two norms; else their outputs too
         attention = 3 * self.query_width + 2 * self.kv_width  # its inputs, its output padded and packed
         feed_forward = (2 if self.written_out or not self.gated else 4) * self.intermediate
-        return self.layers * (norms + attention + feed_forward) * tokens * bytes_each
+        block = norms + attention + feed_forward
+        values = self.layers * self.hidden + block if checkpointing else self.layers * block
+        return values * tokens * bytes_each
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -134,11 +109,6 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def known_config(hub_id: str) -> Mapping[str, Any] | None:
-    """The dimensions of a model that a bundled recipe names, or None."""
-    return _KNOWN.get(hub_id)
-
-
 @dataclass(frozen=True)
 class Training:
     """The sizes that decide what training one model takes."""
@@ -147,6 +117,7 @@ class Training:
     dtype: str
     tokens: int  # packed tokens of one forward and backward pass
     logits: int  # logits held at once in that pass; 0 for a model with a score head
+    checkpointing: bool = False  # gradient checkpointing
 
 
 def base_bytes(shape: ModelShape, tuning: Tuning, dtype: str) -> int:
@@ -168,6 +139,42 @@ def training_bytes(shape: ModelShape, training: Training) -> dict[str, int]:
         "adapters": adapters,
         "gradients": trained * GRADIENT_BYTES,
         "optimizer": trained * ADAM_BYTES,
-        "activations": shape.activation_bytes(training.tokens, BYTES[training.dtype]),
+        "activations": shape.activation_bytes(
+            training.tokens, BYTES[training.dtype], checkpointing=training.checkpointing
+        ),
         "logits": 3 * training.logits * 4,  # logits, their softmax, their gradient
     }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a stage is spread: the strategy of `distributed:`, over how many ranks, how many of them on one machine."""
+
+    strategy: str = "none"
+    offload: str = "none"
+    ranks: int = 1
+    ranks_per_node: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return -(-self.ranks // self.ranks_per_node)
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 where every rank holds everything."""
+        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+
+def share_bytes(part: str, size: int, spread: Spread) -> int:
+    """What one device holds of a part that all ranks together hold once under ZeRO (1910.02054, sec. 5).
+
+    Stage 1 shares the optimizer, 2 the gradients too, 3 the weights too.
+    """
+    first_stage = {"optimizer": 1, "gradients": 2, "weights": 3, "adapters": 3}.get(part)
+    if part == "optimizer" and spread.offload != "none":
+        return 0
+    if part in ("weights", "adapters") and spread.offload == "parameters":
+        return 0
+    is_shared = first_stage is not None and spread.stage >= first_stage
+    return -(-size // spread.ranks) if is_shared else size

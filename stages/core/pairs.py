@@ -1,4 +1,4 @@
-"""What the stages on preference pairs share: microbatches of pairs, and pairs with their scores as figures and text.
+"""What the stages on preference pairs share: weighed pairs, and pairs with their scores as figures and text.
 
 Legend: B pairs.
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 from data.chat import ChatEncoder
 from data.encoded import EncodedPreference
 from stages.core.calibration import JudgedPair
-from stages.core.trl_training import Microbatch
+from stages.core.supervised_run import Measured
 
 SAMPLED_PAIRS = 4  # shown in samples.jsonl at each evaluation
 
 
-def measure(rows: Sequence[EncodedPreference]) -> Microbatch[EncodedPreference]:
-    """The microbatch of these pairs."""
+def measure(rows: Sequence[EncodedPreference]) -> Measured[EncodedPreference]:
+    """What these pairs hold."""
     tokens = sum(len(row.chosen) + len(row.rejected) for row in rows)
-    return Microbatch(rows, tokens=tokens, weight=sum(row.weight for row in rows))
+    return Measured(rows, tokens=tokens, weight=sum(row.weight for row in rows))
 
 
 def judged_pairs(scores_2B: tuple[Tensor, Tensor], rows: Sequence[EncodedPreference]) -> list[JudgedPair]:

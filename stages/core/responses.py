@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
+from stages.core import ranks
 from stages.core.rewards import Answered
 from stages.core.rollout.protocol import Completion, EngineError, RolloutEngine, Sampling, rollout_seed
 from stages.core.sequences import ResponseBatch, split_by_budget
@@ -54,10 +55,16 @@ class Responses:
         prompts = [self.prompts[row].tokens for row in rows]
         return ResponseBatch.of(prompts, [self.completions[row].tokens for row in rows], device)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each response and its prompt."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        return [len(prompt.tokens) + len(completion.tokens) for prompt, completion in pairs]
+
     def microbatches(self, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
         """`rows` in groups of at most `max_tokens` prompt and response tokens."""
-        sizes = [len(self.prompts[row].tokens) + len(self.completions[row].tokens) for row in rows]
-        return [[rows[place] for place in group] for group in split_by_budget(sizes, max_tokens)]
+        sizes = self.sizes
+        return [[rows[place] for place in group] for group in split_by_budget([sizes[row] for row in rows], max_tokens)]
 
     def answered(self) -> Answered:
         """The texts, for a scorer."""
@@ -125,12 +132,13 @@ def kl_per_response(
 ) -> list[float]:
     """KL(policy || reference) of each response in nats: log pi - log pi_ref summed over its sampled tokens (k1).
 
-    `ref_logprobs` gives the reference's log-probabilities M of a batch's response tokens.
+    Each rank asks for its part. `ref_logprobs` gives the reference's log-probabilities M of a batch's response tokens.
     """
-    kls: list[float] = []
-    for rows in responses.microbatches(range(len(responses.completions)), max_tokens):
+    own = ranks.balanced_share(range(len(responses.completions)), responses.sizes)
+    kls: list[tuple[int, float]] = []
+    for rows in responses.microbatches(own, max_tokens):
         batch = responses.batch(rows, device)
         ref_parts = ref_logprobs(batch).double().cpu().split(list(batch.lengths))
         for row, ref_R in zip(rows, ref_parts, strict=True):
-            kls.append(sum(responses.completions[row].logprobs) - float(ref_R.sum()))
-    return kls
+            kls.append((row, sum(responses.completions[row].logprobs) - float(ref_R.sum())))
+    return [kl for _, kl in sorted(ranks.gather_lists(kls))]

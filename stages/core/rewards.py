@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data.chat import ChatEncoder
 from data.errors import UserError
 from data.rows import Text
+from stages.core import ranks
 from stages.core.sequences import PackedBatch, split_by_budget
 from stages.core.trunk import Trunk
 
@@ -63,18 +64,21 @@ class RewardModel:
 
     @torch.no_grad()
     def score_sequences(self, sequences: Sequence[list[int]]) -> list[float]:
-        """The head's output at the last token of each sequence of token ids, in float32."""
+        """The head's output at the last token of each sequence of token ids, in float32; each rank reads its part."""
         limit = getattr(self.trunk.model.config, "max_position_embeddings", None)
         # Beyond its positions the model cannot read: the end of the response is what it judges.
         sequences = [tokens[-limit:] if limit else tokens for tokens in sequences]
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-        scores = torch.zeros(len(sequences))
-        for group in split_by_budget([len(sequences[row]) for row in order], self.batch_tokens):
+        lengths = [len(tokens) for tokens in sequences]
+        own = ranks.balanced_share(range(len(sequences)), lengths)
+        order = sorted(own, key=lambda row: lengths[row])
+        scores: list[tuple[int, float]] = []
+        for group in split_by_budget([lengths[row] for row in order], self.batch_tokens):
             rows = [order[place] for place in group]
             packed = PackedBatch.of([sequences[row] for row in rows], self.trunk.device)
             hidden_BD = self.trunk.hidden_at(packed, self.adapter, packed.last_B)
-            scores[rows] = self.head(hidden_BD.to(self.head.weight.dtype))[:, 0].float().cpu()
-        return scores.tolist()
+            scores_B = self.head(hidden_BD.to(self.head.weight.dtype))[:, 0].float().cpu()
+            scores += zip(rows, scores_B.tolist(), strict=True)
+        return [score for _, score in sorted(ranks.gather_lists(scores))]
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ class FunctionScorer:
     function: Callable[[Sequence[Text], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
 
     def score(self, answered: Answered) -> list[float]:
-        """What the function returned, checked.
+        """What the function returned, checked; rank 0 alone calls it, with all responses.
 
         Raises UserError where it is not one finite number a response.
         """
+        return ranks.on_main(lambda: self._score(answered))
+
+    def _score(self, answered: Answered) -> list[float]:
         returned: Any = self.function(list(answered.prompts), list(answered.responses), list(answered.rows))
         if not isinstance(returned, Iterable):
             raise UserError(f"reward function {self.name}: returned {returned!r}; return one number a response")

@@ -9,7 +9,9 @@ from data.artifacts import publish_folder
 from data.chat import ChatEncoder
 from data.encoded import EncodedDemonstration, EncodedPreference
 from data.prepare import Prepared
+from stages.core import ranks
 from stages.core.context import StageContext
+from stages.core.engine import check_strategy
 from stages.core.trl_training import StageTrainer
 from stages.core.tuning import TuningRequest, save_weights
 
@@ -24,8 +26,10 @@ def encode_rows(
     Raises UserError where too many were refused or none is left.
     """
     config, shared = context.config, context.shared
+    check_strategy(shared.distributed)
     prepared = prepare(config.data, config.holdout, encoder=encoder, run_folder=context.run_folder, seed=shared.seed)
-    prepared.report.write_quarantine(context.out / "quarantine.jsonl")
+    if ranks.current().is_main:
+        prepared.report.write_quarantine(context.out / "quarantine.jsonl")
     context.metrics.say(prepared.report.summary())
     prepared.report.check_refused(shared.max_refused)
     return prepared
@@ -43,6 +47,13 @@ def publish(trainer: StageTrainer, finish: Callable[[Path], None] | None = None)
     Figures are those of the published weights; `best/…` and `last/…` say what both reached on the holdout and when.
     Without a holdout the last weights are published.
     """
+    with trainer.engine.gathered():
+        figures = ranks.from_main(_publish(trainer, finish) if ranks.current().is_main else {})
+    trainer.engine.close()
+    return figures
+
+
+def _publish(trainer: StageTrainer, finish: Callable[[Path], None] | None) -> dict[str, float]:
     run = trainer.run
     best = run.best.record if run.context.config.publish == "best" else None
 

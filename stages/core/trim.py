@@ -25,7 +25,7 @@ def last_block(backbone: nn.Module) -> nn.Module | None:
 def trimmed(backbone: nn.Module, places_M: Tensor) -> Generator[None]:
     """While it is open, hidden states are right at `places_M`, each named once; those of other tokens mean nothing."""
     block = last_block(backbone)
-    mlp = getattr(block, "mlp", None)
+    mlp = None if _is_recomputed(block) else getattr(block, "mlp", None)
     if isinstance(block, FastBlock):
         block.reads_M = places_M
         try:
@@ -37,6 +37,11 @@ def trimmed(backbone: nn.Module, places_M: Tensor) -> Generator[None]:
             yield
     else:
         yield
+
+
+def _is_recomputed(block: nn.Module | None) -> bool:
+    """Whether the backward pass runs the block again, when the hooks below are gone."""
+    return bool(getattr(block, "gradient_checkpointing", False)) and block is not None and block.training
 
 
 @contextmanager

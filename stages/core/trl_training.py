@@ -1,155 +1,38 @@
 """What the stages on TRL's trainers share: batches of rows, one metrics line a step, checkpoints, a clean stop.
 
-TRL and transformers run the loop (forward, backward, clipping, AdamW, schedule, mixed precision). Around it stand our
-data order, token-weighted losses over the whole batch, evaluation on the holdout, and crash-safe state.
+TRL and transformers run the loop and the schedule. Inside it stand our data order, token-weighted losses over the whole
+batch, and the engine that sums gradients over ranks; around it evaluation on the holdout and crash-safe state.
 """
 
+import hashlib
 import itertools
 import json
 import math
-import os
-import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import datasets
 import torch
-import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from data.chat import ChatEncoder
 from data.errors import UserError
-from stages.core.best_weights import BestWeights
+from stages.core import ranks
 from stages.core.checkpoints import latest_checkpoint, save_checkpoint
-from stages.core.config import SharedConfig
-from stages.core.context import Interrupted, StageContext
+from stages.core.context import Interrupted
+from stages.core.engine import Engine, Training, open_engine, passes
 from stages.core.measure import peak_memory_bytes
 from stages.core.passes import tokens_multiple
-from stages.core.supervised_config import SupervisedSection
-from stages.core.tuning import save_weights
+from stages.core.supervised_run import LabelledRow, SupervisedRun
+from stages.core.tuning import inner_model, save_weights
 
-EVALUATIONS = 10  # in a run that does not say how many
 NAMED_ROWS = 8  # origins that an error lists
-FIGURES = "figures.json"
-
-
-class LabelledRow(Protocol):
-    """A row that says where it came from."""
-
-    @property
-    def origin(self) -> str:
-        """file:line"""
-        ...
-
-
-RowT = TypeVar("RowT", bound=LabelledRow)
-
-
-@dataclass(frozen=True)
-class Microbatch(Generic[RowT]):
-    """The rows of one forward pass; `tokens` are real tokens, `weight` is their share in the batch's loss."""
-
-    rows: Sequence[RowT]
-    tokens: int
-    weight: float
-
-
-def row_order(num_rows: int, *, section: SupervisedSection, seed: int) -> list[int]:
-    """The rows in the order they are trained on, all epochs in one list; each epoch has its own shuffle.
-
-    Steps cut it into pieces of `batch_size`, so the position in the data is the step. The last piece may be shorter;
-    with `max_steps` there are exactly that many full ones.
-    """
-    wanted = round(num_rows * section.epochs) if section.max_steps is None else section.max_steps * section.batch_size
-    order: list[int] = []
-    for epoch in itertools.count():
-        if len(order) >= max(wanted, 1):
-            return order[: max(wanted, 1)]
-        rows = list(range(num_rows))
-        random.Random(f"{seed}/rows/{epoch}").shuffle(rows)
-        order += rows
-    raise AssertionError
-
-
-def trl_options(section: SupervisedSection, shared: SharedConfig, *, folder: Path, steps: int) -> dict[str, Any]:
-    """The arguments that SFTConfig, RewardConfig and DPOConfig take alike.
-
-    AdamW with betas 0.9 and 0.999, epsilon 1e-8 (Loshchilov & Hutter 2019, 1711.05101). Logging, evaluation, saving
-    and shuffling are ours, so they are off here.
-    """
-    schedule = "constant_with_warmup" if section.schedule == "constant" else section.schedule
-    return {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": section.rows_per_pass,
-        "gradient_accumulation_steps": section.accumulation,
-        "learning_rate": section.learning_rate,
-        "lr_scheduler_type": schedule,
-        "warmup_steps": round(section.warmup * steps),
-        "weight_decay": section.weight_decay,
-        "max_grad_norm": section.max_grad_norm,
-        "optim": "adamw_torch",
-        "seed": shared.seed,
-        "bf16": shared.dtype == "bfloat16",
-        "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
-        "max_length": None,
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def quiet_libraries() -> None:
-    """Silences progress bars and remarks of the libraries: what matters goes to the metrics."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-
-
-@dataclass
-class SupervisedRun(Generic[RowT]):
-    """What a trainer needs to know about its stage.
-
-    `measure` turns rows into a microbatch.
-    """
-
-    context: StageContext[Any]
-    encoder: ChatEncoder
-    rows: Sequence[RowT]
-    holdout: Sequence[RowT]
-    measure: Callable[[Sequence[RowT]], Microbatch[RowT]]
-
-    def __post_init__(self) -> None:
-        section: SupervisedSection = self.context.config
-        self.order = row_order(len(self.rows), section=section, seed=self.context.shared.seed)
-        self.steps = math.ceil(len(self.order) / section.batch_size)
-        self.eval_every = section.eval_every or math.ceil(self.steps / EVALUATIONS)
-        self.folder = self.context.out / "checkpoints"
-        self.best = BestWeights(self.folder / "best")
-        self.figures: dict[str, float] = {}  # of the newest step and the newest evaluation
-
-    @property
-    def dataset(self) -> datasets.Dataset:
-        """Row numbers in training order: all that TRL sees of the data."""
-        return datasets.Dataset.from_dict({"row": self.order})
-
-    def collate(self, examples: Sequence[dict[str, int]]) -> dict[str, Microbatch[RowT]]:
-        """One microbatch, as the loop hands it to the loss."""
-        return {"microbatch": self.measure([self.rows[example["row"]] for example in examples])}
+FIGURES, MOMENTS_FILE, SCHEDULER_FILE = "figures.json", "moments.safetensors", "scheduler.pt"
 
 
 class StageTrainer(Trainer, ABC):
@@ -159,13 +42,13 @@ class StageTrainer(Trainer, ABC):
     weights, so it does not depend on how a batch is cut into microbatches.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's weight
-
     def __init__(self, *, run: SupervisedRun[Any], **options: Any) -> None:
         self.run = run
         self._step_began = 0.0
         self._tokens_before = 0
-        self._step_rows: list[LabelledRow] = []
+        self._step_rows: Sequence[LabelledRow] = []
+        self.engine: Engine
+        self.is_spare_pass = False  # made because other ranks make one: it counts nothing
         super().__init__(train_dataset=run.dataset, data_collator=run.collate, callbacks=[SaveAndStop(run)], **options)
 
     @property
@@ -185,40 +68,94 @@ class StageTrainer(Trainer, ABC):
         """More figures of the step just taken, by metric name; asked for once a step."""
         return {}
 
-    def holdout_passes(self) -> Iterator[Sequence[Any]]:
-        """The holdout in pieces for one forward pass each."""
+    def holdout_passes(self) -> Sequence[Sequence[Any]]:
+        """This rank's part of the holdout, in pieces for one forward pass each."""
         size = self.run.context.config.rows_per_pass
-        return (self.run.holdout[start : start + size] for start in range(0, len(self.run.holdout), size))
+        return ranks.share([self.run.holdout[start : start + size] for start in range(0, len(self.run.holdout), size)])
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item a step: all its rows, on every rank alike."""
+        return DataLoader(
+            self.train_dataset, batch_size=self.run.context.config.batch_size, collate_fn=self.run.collate
+        )
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """Puts our engine where the loop would wrap the model for accelerate: it sums gradients over ranks."""
+        self.create_optimizer()
+        # DeepSpeed takes empty groups out, and the schedule counts groups.
+        self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
+        training = Training(
+            modules=[self.model, *self.frozen_modules()],
+            parameters={name: each for name, each in self.model.named_parameters() if each.requires_grad},
+            optimizer=self.optimizer,
+            max_grad_norm=self.args.max_grad_norm,
+            read_directly=list(head.parameters()) if (head := inner_model(self.model).get_output_embeddings()) else [],
+        )
+        self.engine = open_engine(training, self.run.context.shared.distributed)
+        self.create_scheduler(num_training_steps=max_steps)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            self.engine.load_moments(load_file(folder / MOMENTS_FILE))
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        self.optimizer = Stepped(self.optimizer)
+        self.model_wrapped = self.model
+        for name in ("model", "optimizer", "lr_scheduler", "train_dataloader"):
+            setattr(self.callback_handler, name, getattr(self, name, train_dataloader))
+        return self.model, train_dataloader
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules beside the model that its passes run."""
+        return []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor]:
-        """The microbatches of one step, and the weight of all their rows."""
+    ) -> tuple[list[dict[str, Any]], None]:
+        """The rows of one step."""
         self._step_began = time.perf_counter()
         self._tokens_before = self.state.num_input_tokens_seen
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        self._step_rows = [row for batch in batches for row in batch["microbatch"].rows]
-        return batches, torch.tensor(float(sum(batch["microbatch"].weight for batch in batches)), device=device)
+        return list(itertools.islice(epoch_iterator, num_batches)), None
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The microbatch's part of the step's loss. Raises UserError, before any update, where it is not finite."""
-        microbatch: Microbatch[Any] = inputs["microbatch"]
-        loss = self.summed_loss(model, microbatch.rows) / num_items_in_batch
-        if not torch.isfinite(loss):
-            raise self._not_finite("loss", loss.item(), microbatch.rows)
-        self.state.num_input_tokens_seen += microbatch.tokens
-        return loss
+        """The step's loss, over all its rows; leaves the gradients in the engine. Each rank takes its part of the rows.
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
+        Dropout depends on the step and the rank alone. Raises UserError, before any update, where a loss is not finite.
+        """
+        rows: Sequence[Any] = inputs["rows"]
+        run, size = self.run, self.run.context.config.rows_per_pass
+        whole, own = run.measure(rows), ranks.share(rows)
+        groups = [own[start : start + size] for start in range(0, len(own), size)]
+        model.train()
+        torch.manual_seed(_dropout_seed(run.context.shared.seed, self.state.global_step))
+        self.engine.discard()
+        losses: list[float] = []
+        problems: list[str] = []
+        for group, counts in passes(self.engine, groups, [min(rows, key=lambda row: run.measure([row]).tokens)]):
+            self.is_spare_pass = not counts
+            loss = float(self.engine.backward(lambda group=group: self._part(model, group, whole.weight)))
+            if not math.isfinite(loss):
+                problems += self._not_finite("loss", loss, group).problems
+            losses.append(loss)
+        ranks.check_together(problems)
+        self._step_rows = rows
+        self.state.num_input_tokens_seen += whole.tokens
+        return torch.tensor(sum(ranks.gather_lists(losses)), device=self.args.device)
+
+    def _part(self, model: nn.Module, rows: Sequence[Any], weight: float) -> Tensor:
+        """The rows' part of the step's loss; nothing in a pass that only other ranks need."""
+        loss = self.summed_loss(model, rows)
+        return loss * 0.0 if self.is_spare_pass else loss / weight
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        """The gradient's norm before clipping: the step is made here, on all ranks together."""
+        norm = self.engine.step()
         if not math.isfinite(norm):
-            raise self._not_finite("gradient norm", float(norm), self._step_rows)
+            raise self._not_finite("gradient norm", norm, self._step_rows)
         return norm
 
     def _not_finite(self, what: str, value: float, rows: Sequence[LabelledRow]) -> UserError:
@@ -248,31 +185,40 @@ class StageTrainer(Trainer, ABC):
         }
         if run.holdout and (step % run.eval_every == 0 or step == run.steps):
             self.model.eval()  # each training step turns training mode on again
-            with torch.no_grad():
-                figures = self.holdout_figures(step)
+            with self.engine.gathered():
+                with torch.no_grad():
+                    figures = self.holdout_figures(step)
+                if ranks.current().is_main:
+                    run.best.offer(step, figures, lambda folder: save_weights(self.model, folder))
             values |= figures
-            run.best.offer(step, figures, lambda folder: save_weights(self.model, folder))
         values["memory/peak_bytes"] = peak_memory_bytes()
         run.figures |= values
         run.context.metrics.log(step, values)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Rank 0 writes it; the same files whatever the number of ranks and the strategy."""
         context = self.run.context
-        save_checkpoint(
-            self.run.folder,
-            self.state.global_step,
-            self._write_state,
-            key=context.key,
-            keep=context.shared.keep_checkpoints,
-        )
+        moments = self.engine.moments()
+        with self.engine.gathered():
+            if ranks.current().is_main:
+                save_checkpoint(
+                    self.run.folder,
+                    self.state.global_step,
+                    lambda folder: self._write_state(folder, moments),
+                    key=context.key,
+                    keep=context.shared.keep_checkpoints,
+                )
 
-    def _write_state(self, folder: Path) -> None:
+    def _write_state(self, folder: Path, moments: Mapping[str, Tensor]) -> None:
         save_weights(self.model, folder)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_rng_state(str(folder))
+        save_file(dict(moments), folder / MOMENTS_FILE)
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
         self.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / FIGURES).write_text(json.dumps(self.run.figures), encoding="utf-8")
         self.run.best.store(folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        return  # nothing is drawn but by seeds of the step
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *unused: object, **unused_too: object) -> datasets.Dataset:
         return dataset  # rows are tokenised before they come here
@@ -283,6 +229,16 @@ class StageTrainer(Trainer, ABC):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted."""
         return 0
+
+
+class Stepped:
+    """In the place of the loop's optimizer: the engine has stepped when the loop asked for the gradient's norm."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.param_groups = optimizer.param_groups
+
+    def step(self) -> None:
+        """Nothing is left to do."""
 
 
 class SaveAndStop(TrainerCallback):
@@ -296,11 +252,16 @@ class SaveAndStop(TrainerCallback):
     ) -> TrainerControl:
         """Decides after each optimizer step."""
         context = self.run.context
-        stop = context.should_stop()
+        stop = ranks.any_rank(context.should_stop())
         due = state.global_step % context.shared.checkpoint_every == 0 or state.global_step == self.run.steps
         control.should_save = stop or due
         control.should_training_stop |= stop
         return control
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    text = f"{seed}/dropout/{step}/{ranks.current().rank}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def train(trainer: StageTrainer) -> None:
@@ -309,10 +270,11 @@ def train(trainer: StageTrainer) -> None:
     Raises Interrupted where the stage was asked to stop; a checkpoint is written before.
     """
     run = trainer.run
-    checkpoint = latest_checkpoint(run.folder, run.context.key)
+    checkpoint = ranks.from_main(latest_checkpoint(run.folder, run.context.key))
     run.context.metrics.rewind(checkpoint.step if checkpoint else 0)
     run.context.metrics.start(run.steps, "step")
-    run.best.restore(checkpoint.path if checkpoint else None)
+    if ranks.current().is_main:
+        run.best.restore(checkpoint.path if checkpoint else None)
     if checkpoint is not None:
         run.context.metrics.say(f"resuming after step {checkpoint.step} of {run.steps}")
         run.figures = json.loads((checkpoint.path / FIGURES).read_text(encoding="utf-8"))

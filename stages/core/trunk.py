@@ -4,8 +4,8 @@ Legend: B sequences, N packed tokens, M response tokens, D hidden size, V vocabu
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Trunk:
         self.trainable: list[nn.Parameter] = []
         self._tuner_layers: list[BaseTunerLayer] = []
         self._active: str | None = None
+        self._recomputed: list[nn.Module] = []
 
     @property
     def adapters(self) -> list[str]:
@@ -84,8 +85,14 @@ class Trunk:
             for parameter in (module.parameters() if isinstance(module, nn.Module) else [module])
         ]
 
-    def train(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Names the parameters that train, in addition to those named before."""
+    def train(self, parameters: Iterable[nn.Parameter], *, recompute: bool = False) -> None:
+        """Names the parameters that train, in addition to those named before.
+
+        `recompute`: blocks keep no activations, and are run again in the backward pass.
+        """
+        if recompute:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._recomputed = [each for each in self.model.modules() if getattr(each, "gradient_checkpointing", False)]
         self.trainable.extend(parameters)
         for parameter in self.trainable:
             parameter.requires_grad_(True)
@@ -114,14 +121,14 @@ class Trunk:
     def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
         """Last hidden states ND of packed sequences under an adapter."""
         self.use(adapter)
-        with self._precision():
+        with self._precision(), self._recomputing():
             hidden_ND = packed_hidden(self.backbone, packed, multiple=self.multiple)
         return hidden_ND.float() if self.autocast else hidden_ND
 
     def hidden_at(self, packed: PackedBatch, adapter: str | None, places_M: Tensor) -> Tensor:
         """Last hidden states MD at `places_M` of packed sequences, each place once: `hidden` for less."""
         self.use(adapter)
-        with self._precision():
+        with self._precision(), self._recomputing():
             hidden_MD = packed_hidden_at(self.backbone, packed, places_M, multiple=self.multiple)
         return hidden_MD.float() if self.autocast else hidden_MD
 
@@ -140,6 +147,21 @@ class Trunk:
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+    @contextmanager
+    def _recomputing(self) -> Generator[None]:
+        """While gradients are asked for, blocks are in training mode, which is what transformers goes by.
+
+        What is inside them is not: PPO trains without dropout.
+        """
+        blocks = self._recomputed if torch.is_grad_enabled() else []
+        for block in blocks:
+            block.training = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
 
     @property
     def backbone(self) -> nn.Module:

@@ -13,7 +13,8 @@ from stages.core.models import open_encoder, resolve_model
 from stages.core.pairs import measure
 from stages.core.passes import check_head
 from stages.core.supervised import encode_rows, publish, tuning_request
-from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
+from stages.core.supervised_run import SupervisedRun, quiet_libraries, trl_options
+from stages.core.trl_training import train
 from stages.core.tuning import inner_model, tuned_model
 from stages.dpo.config import DpoConfig
 from stages.dpo.labels import refuse_margins

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trl import DPOTrainer
 
 from data.encoded import EncodedPreference
+from stages.core import ranks
 from stages.core.calibration import reward_figures
 from stages.core.logprobs import token_logprobs
 from stages.core.models import backbone
@@ -19,7 +20,8 @@ from stages.core.padding import pad_right
 from stages.core.pairs import judged_pairs, pair_samples
 from stages.core.passes import packed_hidden_at
 from stages.core.sequences import ResponseBatch
-from stages.core.trl_training import StageTrainer, SupervisedRun
+from stages.core.supervised_run import SupervisedRun
+from stages.core.trl_training import StageTrainer
 from stages.core.tuning import inner_model
 from stages.dpo.loss import LogRatios, dpo_loss, label_probability
 
@@ -76,6 +78,10 @@ class DpoTrainer(StageTrainer, DPOTrainer):
         self._step_logprobs: list[PairLogprobs] = []
         self._step_ratios: list[LogRatios] = []
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """The reference, where it is a model of its own."""
+        return [] if self.ref_model is None else [self.ref_model]
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The frozen policy that training started from, for as long as the context lasts."""
@@ -128,31 +134,38 @@ class DpoTrainer(StageTrainer, DPOTrainer):
         reference = self.ref_logprobs(rows)
         policy = self.logprobs(model, rows)
         ratios = LogRatios(policy[0] - reference[0], policy[1] - reference[1])
-        self._step_logprobs.append((policy[0].detach(), policy[1].detach()))
-        self._step_ratios.append(LogRatios(ratios.chosen_B.detach(), ratios.rejected_B.detach()))
+        if not self.is_spare_pass:
+            self._step_logprobs.append((policy[0].detach().cpu(), policy[1].detach().cpu()))
+            self._step_ratios.append(LogRatios(ratios.chosen_B.detach().cpu(), ratios.rejected_B.detach().cpu()))
         return self.weighted_loss(ratios, rows)
 
     def step_figures(self) -> dict[str, float]:
         """Means over the step's pairs, before its update: log-probabilities, implicit rewards, their margin."""
-        figures = pair_figures(self._step_logprobs, self._step_ratios, beta=self.run.context.config.beta)
+        figures = pair_figures(
+            ranks.gather_lists(self._step_logprobs),
+            ranks.gather_lists(self._step_ratios),
+            beta=self.run.context.config.beta,
+        )
         self._step_logprobs, self._step_ratios = [], []
         return figures
 
     def holdout_figures(self, step: int) -> dict[str, float]:
         """The training loss on the holdout, and what `stages.core.calibration` says of the implicit rewards."""
-        config, passes = self.run.context.config, list(self.holdout_passes())
+        config, passes = self.run.context.config, self.holdout_passes()
         self._holdout_reference = self._holdout_reference or [self.ref_logprobs(rows) for rows in passes]
         policy = [self.logprobs(self.model, rows) for rows in passes]
         ratios = [
             LogRatios(ours[0] - theirs[0], ours[1] - theirs[1])
             for ours, theirs in zip(policy, self._holdout_reference, strict=True)
         ]
-        loss = sum(self.weighted_loss(each, rows).item() for each, rows in zip(ratios, passes, strict=True))
-        pairs = [
+        losses = [self.weighted_loss(each, rows).item() for each, rows in zip(ratios, passes, strict=True)]
+        own = [
             pair
             for each, rows in zip(ratios, passes, strict=True)
             for pair in judged_pairs((config.beta * each.chosen_B, config.beta * each.rejected_B), rows)
         ]
+        loss, pairs = sum(ranks.gather_lists(losses)), ranks.gather_lists(own)
+        policy, ratios = ranks.gather_lists(policy), ranks.gather_lists(ratios)
         self.run.context.metrics.samples(step, list(pair_samples(self.run.encoder, self.run.holdout, pairs)))
         figures = pair_figures(policy, ratios, beta=config.beta) | reward_figures(pairs)
         weight = sum(row.weight for row in self.run.holdout)

@@ -11,6 +11,7 @@ from data.errors import UserError
 from data.prepare import prepare_preferences, prepare_prompts
 from data.report import DataReport
 from data.rows import Prompt
+from stages.core import ranks
 from stages.core.answering import engine_of, load_view
 from stages.core.bank import BankBuilder
 from stages.core.calibration import JudgedPair, reward_figures
@@ -34,14 +35,16 @@ def run(context: StageContext[EvalConfig]) -> StageResult:
     answers, kls = sample_policies(context, policies, builder)
     scores, reward_models = score_answers(context, answers, builder, reports)
     refused = DataReport(refused=[refusal for report in reports for refusal in report.refused])
-    refused.write_quarantine(context.out / "quarantine.jsonl")
+    if ranks.current().is_main:
+        refused.write_quarantine(context.out / "quarantine.jsonl")
     measured = [
         _measured(policy.name, each, kls[policy.name], {column: values[place] for column, values in scores.items()})
         for place, (policy, each) in enumerate(zip(policies, answers, strict=True))
     ]
     findings = Findings(measured, reward_models)
     report = make_report(findings, context.config)
-    write_atomically(context.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if ranks.current().is_main:
+        write_atomically(context.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     for each, own in zip(answers, measured, strict=True):
         _log_samples(context, each, own)
     metrics = findings.metrics()
@@ -191,5 +194,5 @@ def _known(value: float) -> float | None:
 
 
 def _check_stop(context: StageContext[EvalConfig]) -> None:
-    if context.should_stop():
+    if ranks.any_rank(context.should_stop()):
         raise Interrupted("eval: stopped; it is short and will start over")

@@ -5,12 +5,13 @@ Legend: B responses, R longest response, M response tokens one after the other.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stages.core import ranks
 from stages.core.bank import PolicyBank, TokenOutputs
 from stages.core.ops import kl_estimate, masked_whiten
 from stages.core.responses import Responses, Sampler
@@ -106,16 +107,14 @@ class Collector:
     def rescored(self, responses: Responses) -> TokenOutputs:
         """What the policy says of responses that another program sampled: log-probabilities M, and a shared critic's
         values, which the same pass gives."""
-        parts = [self.bank.outputs(batch) for batch in self._batches(responses)]
-        values = [part.values_M.float().cpu() for part in parts if part.values_M is not None]
-        logprobs_M = torch.cat([part.logprobs_M.float().cpu() for part in parts])
-        return TokenOutputs(logprobs_M, torch.cat(values) if values else None, None)
+        columns = self._by_row(responses, lambda batch: [each for each in self.bank.outputs(batch) if each is not None])
+        return TokenOutputs(columns[0], columns[1] if len(columns) > 1 else None, None)
 
     @torch.no_grad()
     def ref_logprobs(self, responses: Responses, mask_BR: Tensor) -> Tensor:
         """The reference's log-probabilities BR."""
-        parts = [self.bank.ref_logprobs(batch).cpu() for batch in self._batches(responses)]
-        return _padded(torch.cat(parts), mask_BR)
+        (ref_logprobs_M,) = self._by_row(responses, lambda batch: [self.bank.ref_logprobs(batch)])
+        return _padded(ref_logprobs_M, mask_BR)
 
     @torch.no_grad()
     def values(self, responses: Responses, mask_BR: Tensor, read_M: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,25 +124,33 @@ class Collector:
         leads to where `bootstrap_truncated` is on, else 0 too. `read_M`, values that came with the rollout or with the
         rescoring, are not computed again.
         """
-        values: list[Tensor] = []
         after_B = torch.zeros(len(mask_BR))
         if read_M is not None and not self.config.bootstrap_truncated:
-            values = [read_M]
+            values_M = read_M
         elif self.config.bootstrap_truncated:
-            after: list[Tensor] = []
-            for batch in self._batches(responses):
-                values_M, end_B = self.bank.values_and_after(batch)
-                values.append(values_M.float().cpu())
-                after.append(end_B.float().cpu())
-            after_B = torch.where(torch.tensor(responses.finished), 0.0, torch.cat(after))
+            values_M, after_B = self._by_row(responses, self.bank.values_and_after)
+            after_B = torch.where(torch.tensor(responses.finished), 0.0, after_B)
         else:
-            values = [self.bank.values(batch).float().cpu() for batch in self._batches(responses)]
-        return _padded(torch.cat(values), mask_BR), after_B
+            (values_M,) = self._by_row(responses, lambda batch: [self.bank.values(batch)])
+        return _padded(values_M, mask_BR), after_B
 
-    def _batches(self, responses: Responses) -> Iterator[ResponseBatch]:
-        """All responses in their order, packed."""
-        for rows in responses.microbatches(range(len(responses.completions)), self.config.microbatch_tokens):
-            yield responses.batch(rows, self.device)
+    def _by_row(self, responses: Responses, compute: Callable[[ResponseBatch], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """What `compute` gives of batches, for all responses in their order; float32, on the CPU.
+
+        Each of its tensors has a value a response token, or one a response. Each rank asks for its part of the
+        responses, and all get every value.
+        """
+        own = ranks.balanced_share(range(len(responses.completions)), responses.sizes)
+        found: list[tuple[int, list[Tensor]]] = []
+        for rows in responses.microbatches(own, self.config.microbatch_tokens):
+            batch = responses.batch(rows, self.device)
+            columns = [
+                each.float().cpu().split(list(batch.lengths) if len(each) == len(batch.targets_M) else 1)
+                for each in compute(batch)
+            ]
+            found += [(row, list(parts)) for row, *parts in zip(rows, *columns, strict=True)]
+        by_row = sorted(ranks.gather_lists(found), key=lambda each: each[0])
+        return tuple(torch.cat(column) for column in zip(*(parts for _, parts in by_row), strict=True))
 
 
 def trains(responses: Responses, scores: Sequence[float], config: PpoConfig) -> Tensor:

@@ -13,8 +13,10 @@ from data.chat import ChatEncoder
 from data.encoded import EncodedDemonstration
 from data.errors import UserError
 from data.prepare import prepare_demonstrations
+from stages.core import ranks
 from stages.core.bank import PolicyBank
 from stages.core.context import StageContext
+from stages.core.engine import Engine, passes
 from stages.core.logprobs import token_logprobs
 from stages.core.sequences import PackedBatch, ResponseBatch, split_by_budget
 from stages.ppo.config import PpoConfig, PtxConfig
@@ -31,8 +33,8 @@ class Ptx:
     seed: int
     device: torch.device
 
-    def backward(self, bank: PolicyBank, step: int) -> float:
-        """Adds the gradient of coef * mean token loss of the step's rows; returns that mean, in nats.
+    def backward(self, engine: Engine, bank: PolicyBank, step: int) -> float:
+        """Adds the gradient of coef * mean token loss of the step's rows, on all ranks; returns that mean, in nats.
 
         `step` counts all minibatches of the run from 0, and with the seed fixes the rows. The loss is that of the sft
         stage: on responses only, at temperature 1 whatever the rollout's.
@@ -40,13 +42,16 @@ class Ptx:
         size = self.config.batch_size
         rows = rows_after(self.rows, step * size, size, seed=self.seed, purpose="ptx")
         tokens = sum(sum(row.loss_mask[1:]) for row in rows)
+        own = ranks.balanced_share(rows, [row.length for row in rows])
+        budget = split_by_budget([row.length for row in own], self.microbatch_tokens)
+        groups = [[own[place] for place in group] for group in budget]
         total = 0.0
-        for group in split_by_budget([row.length for row in rows], self.microbatch_tokens):
-            batch = demonstration_batch([rows[place] for place in group], self.device)
-            nll = self._summed_nll(bank, batch) / tokens
-            (self.config.coef * nll).backward()
-            total += float(nll.detach())
-        return total
+        for group, counts in passes(engine, groups, [min(rows, key=lambda row: row.length)]):
+            weight = self.config.coef if counts else 0.0
+            batch = demonstration_batch(group, self.device)
+            loss = engine.backward(lambda batch=batch, weight=weight: weight * self._summed_nll(bank, batch) / tokens)
+            total += float(loss) / self.config.coef
+        return sum(ranks.gather_lists([total]))
 
     def _summed_nll(self, bank: PolicyBank, batch: ResponseBatch) -> Tensor:
         hidden_MD = bank.policy.hidden_before(batch)

@@ -16,7 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 from data.encoded import EncodedPrompt
+from stages.core import ranks
 from stages.core.responses import Responses, Sampler
+from stages.core.rollout.main_engine import own_engine
 from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.protocol import Completion, EngineError
 from stages.core.rollout.vllm import VllmEngine
@@ -79,7 +81,8 @@ class Rollouts:
             prompts = self.prompts_of(update)
             completions, seconds = self._draw(prompts, update, update - 1)
         else:
-            prompts, (completions, seconds) = flight.prompts, flight.drawn.result()
+            prompts = flight.prompts
+            completions, seconds = ranks.on_main(flight.drawn.result, EngineError)
         waited = time.perf_counter() - began
         staleness = staleness_of(completions, update - 1, allowed=self.staleness)
         return Rollout(self.sampler.read(prompts, completions, self.samples), staleness, seconds, waited)
@@ -97,7 +100,7 @@ class Rollouts:
         probe = self._probe(update, version)
         for each in ahead:
             prompts = self.prompts_of(each)
-            self.flights[each] = Flight(prompts, self.thread.submit(self._draw, prompts, each, version))
+            self.flights[each] = Flight(prompts, self.thread.submit(self._draw_ahead, prompts, each, version))
         return probe
 
     @property
@@ -107,7 +110,7 @@ class Rollouts:
 
     def newly_lost(self) -> list[str]:
         """A line for each server given up since the last call, whose work the others do."""
-        engine = self.sampler.engine
+        engine = own_engine(self.sampler.engine)
         lost = engine.lost if isinstance(engine, VllmEngine) else {}
         lines = [f"rollout server {name} is given up: {why}" for name, why in lost.items() if name not in self.told]
         self.told |= lost.keys()
@@ -124,6 +127,17 @@ class Rollouts:
         self.thread.shutdown(wait=False, cancel_futures=True)
         self.sampler.engine.close()
         self.thread.shutdown()
+
+    def _draw_ahead(
+        self, prompts: Sequence[EncodedPrompt], update: int, version: int
+    ) -> tuple[list[Completion], float]:
+        """The same in the thread, where ranks cannot meet: by the rank that has the engine; others draw nothing."""
+        engine = own_engine(self.sampler.engine)
+        if engine is None:
+            return [], 0.0
+        began = time.perf_counter()
+        sampler = replace(self.sampler, engine=engine)
+        return sampler.draw(prompts, "train", update, self.samples, version=version), time.perf_counter() - began
 
     def _draw(self, prompts: Sequence[EncodedPrompt], update: int, version: int) -> tuple[list[Completion], float]:
         """Completions, and the seconds they took."""

@@ -16,11 +16,13 @@ from torch import Tensor
 from data.artifacts import publish_folder
 from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
-from data.errors import UserError
+from data.errors import SharedUserError, UserError
 from data.prepare import Prepared, prepare_prompts
+from stages.core import ranks
 from stages.core.bank import BankBuilder, PolicyBank, TokenOutputs
-from stages.core.checkpoints import latest_checkpoint, save_checkpoint
+from stages.core.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted, StageContext, StageResult
+from stages.core.engine import Engine, check_strategy, open_engine
 from stages.core.judge.scoring import judge_scorer
 from stages.core.measure import peak_memory_bytes
 from stages.core.models import end_tokens, open_encoder
@@ -39,8 +41,8 @@ from stages.ppo.importance import check_sampler, importance_figures, sampler_kl
 from stages.ppo.order import rows_after
 from stages.ppo.ptx import load_ptx
 from stages.ppo.rollouts import Rollout, Rollouts
-from stages.ppo.state import PpoState
-from stages.ppo.update import Updater, build_optimizer
+from stages.ppo.state import PpoState, load_moments, load_weights
+from stages.ppo.update import Updater, build_optimizer, training_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,10 @@ def run(context: StageContext[PpoConfig]) -> StageResult:
     Raises Interrupted once a checkpoint is written after a stop was asked for, and with a checkpoint of the last whole
     update EngineError, where the rollout engine fails, and UserError, where the reward does.
     """
-    ppo = build(context)
+    checkpoint = ranks.from_main(latest_checkpoint(context.out / "checkpoints", context.key))
+    ppo = build(context, checkpoint)
     try:
-        checkpoint = latest_checkpoint(context.out / "checkpoints", context.key)
         if checkpoint is not None:
-            ppo.state.load(checkpoint.path, ppo.collector.bank, ppo.updater.optimizer)
             context.metrics.say(f"resumed after update {ppo.state.update} of {context.config.updates}")
         # Without a checkpoint the samples taken before the first update go too.
         context.metrics.rewind(ppo.state.update if checkpoint else -1)
@@ -82,22 +83,27 @@ def run(context: StageContext[PpoConfig]) -> StageResult:
             raise
         _save(ppo)
         raise EngineError(f"{error}; saved after update {ppo.state.update}, the same command resumes") from error
-    except (UserError, Interrupted):  # a reward function or a judge that fails, or a judge that is not waited for
-        _keep(ppo)
+    except (UserError, Interrupted) as error:  # a reward that fails, or a judge that is not waited for
+        if isinstance(error, SharedUserError) or not ranks.current().are_many:  # else the others know nothing of it
+            _keep(ppo)
         raise
     finally:
         ppo.rollouts.close()
-    publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
+    with ppo.updater.engine.gathered():
+        if ranks.current().is_main:
+            publish_folder(context.out / "weights", lambda folder: _write_weights(ppo, folder))
+    ppo.updater.engine.close()
     best = {f"best/{name}": value for name, value in ppo.state.best.items()}
     return StageResult("policy", metrics=ppo.state.last | best, parents=context.parents())
 
 
-def build(context: StageContext[PpoConfig]) -> Ppo:
-    """Loads prompts, models and rewards, and starts the rollout engine.
+def build(context: StageContext[PpoConfig], checkpoint: Checkpoint | None = None) -> Ppo:
+    """Loads prompts, models and rewards, and starts the rollout engine; goes on from `checkpoint`.
 
     Raises UserError for prompts, models, rewards and engines that cannot be used.
     """
     config, shared = context.config, context.shared
+    check_strategy(shared.distributed)
     encoder = open_encoder(context.inputs["policy"], shared)
     prompts = _prompts(context, encoder)
     torch.manual_seed(shared.seed)
@@ -113,8 +119,11 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
         reward = reward_models[0] if reward_models else None
         builder.add_critic(bank, config.critic, tuning, reward, init=config.value_init)
     ptx = load_ptx(context, encoder, builder.device)
-    updater = Updater(bank, config, build_optimizer(bank, config), builder.device, shared.seed, ptx)
     state = PpoState(KlController(config.kl, config.kl.coef), ScoreShaper(config.score))
+    engine = _open_engine(context, bank, checkpoint)
+    if checkpoint is not None:
+        state.load(checkpoint.path)
+    updater = Updater(bank, config, engine, builder.device, shared.seed, ptx)
     ends = end_tokens(encoder, bank.policy.trunk.model)
     sampling = Sampling(config.response_length, config.rollout.temperature, ends)
     sampler = Sampler(_start_engine(context, bank), encoder, sampling, shared.seed)  # last: from here on it is closed
@@ -129,9 +138,20 @@ def build(context: StageContext[PpoConfig]) -> Ppo:
     return Ppo(context, encoder, prompts, collector, rollouts, updater, state)
 
 
+def _open_engine(context: StageContext[PpoConfig], bank: PolicyBank, checkpoint: Checkpoint | None) -> Engine:
+    """The training engine over the bank, as the checkpoint left it."""
+    if checkpoint is not None:
+        load_weights(checkpoint.path, bank)
+    training = training_of(bank, context.config, build_optimizer(bank, context.config))
+    engine = open_engine(training, context.shared.distributed)
+    if checkpoint is not None:
+        engine.load_moments(load_moments(checkpoint.path))
+    return engine
+
+
 def _start_engine(context: StageContext[PpoConfig], bank: PolicyBank) -> RolloutEngine:
     config = context.config
-    choice = choose_engine(config.rollout, "ppo.rollout", staleness=config.rollout.staleness)
+    choice = ranks.from_main(choose_engine(config.rollout, "ppo.rollout", staleness=config.rollout.staleness))
     if choice.engine != "native":
         context.metrics.say(f"rollouts by {choice.text}")
     trunk = bank.policy.trunk
@@ -172,7 +192,8 @@ def _prompts(context: StageContext[PpoConfig], encoder: ChatEncoder) -> Prepared
         seed=shared.seed,
         max_prompt_tokens=room,
     )
-    prompts.report.write_quarantine(context.out / "quarantine.jsonl")
+    if ranks.current().is_main:
+        prompts.report.write_quarantine(context.out / "quarantine.jsonl")
     prompts.report.check_refused(shared.max_refused)
     context.metrics.say(prompts.report.summary())
     return prompts
@@ -196,7 +217,7 @@ def train_loop(ppo: Ppo) -> None:
         figures["seconds"] = time.perf_counter() - began
         context.metrics.log(update, figures)
         start, state.last, state.unlogged = {}, figures, {}
-        stop = context.should_stop()
+        stop = ranks.any_rank(context.should_stop())
         if stop or update % context.shared.checkpoint_every == 0 or update == config.updates:
             _save(ppo)
         if stop and update < config.updates:
@@ -207,12 +228,13 @@ def train_once(ppo: Ppo) -> dict[str, float]:
     """One update, counted in the state; its figures. Where the engine fails, nothing has changed."""
     state, config = ppo.state, ppo.context.config
     update, kl_coef = state.update + 1, state.kl.coef
-    rollout = ppo.rollouts.take(update)
-    probe = ppo.rollouts.go_ahead(update)
-    for line in ppo.rollouts.newly_lost():
-        ppo.context.metrics.say(line)
-    rescored, sampler_figures = _rescored(ppo, rollout, probe)
-    experience = ppo.collector.collect(rollout.responses, rescored, kl_coef=kl_coef, shaper=state.shaper)
+    with ppo.updater.engine.gathered():
+        rollout = ppo.rollouts.take(update)
+        probe = ppo.rollouts.go_ahead(update)
+        for line in ppo.rollouts.newly_lost():
+            ppo.context.metrics.say(line)
+        rescored, sampler_figures = _rescored(ppo, rollout, probe)
+        experience = ppo.collector.collect(rollout.responses, rescored, kl_coef=kl_coef, shaper=state.shaper)
     trained = time.perf_counter()
     figures = ppo.updater.update(experience, update, kl_coef)
     update_seconds = time.perf_counter() - trained
@@ -242,19 +264,23 @@ def _rescored(ppo: Ppo, rollout: Rollout, probe: Responses | None) -> tuple[Toke
 
 
 def _save(ppo: Ppo) -> None:
-    context = ppo.context
-    save_checkpoint(
-        context.out / "checkpoints",
-        ppo.state.update,
-        lambda folder: ppo.state.save(folder, ppo.collector.bank, ppo.updater.optimizer),
-        key=context.key,
-        keep=context.shared.keep_checkpoints,
-    )
+    context, engine = ppo.context, ppo.updater.engine
+    moments = engine.moments()
+    with engine.gathered():
+        if ranks.current().is_main:
+            weights = {name: each.detach().cpu() for name, each in ppo.collector.bank.trained().items()}
+            save_checkpoint(
+                context.out / "checkpoints",
+                ppo.state.update,
+                lambda folder: ppo.state.save(folder, weights, moments),
+                key=context.key,
+                keep=context.shared.keep_checkpoints,
+            )
 
 
 def _keep(ppo: Ppo) -> None:
     """Saves the whole updates that no checkpoint holds yet."""
-    newest = latest_checkpoint(ppo.context.out / "checkpoints", ppo.context.key)
+    newest = ranks.from_main(latest_checkpoint(ppo.context.out / "checkpoints", ppo.context.key))
     if ppo.state.update > (newest.step if newest else 0):
         _save(ppo)
 
@@ -303,8 +329,9 @@ def _value_figures(experience: Experience) -> dict[str, float]:
 def _evaluate(ppo: Ppo, name: str) -> dict[str, float]:
     """Metrics of the held-out prompts under `name`; texts go to the sample log, the best evaluation to the state."""
     state = ppo.state
-    ppo.rollouts.sync(state.update)
-    evaluation: Evaluation = evaluate(ppo.collector, ppo.held_out, state.update)
+    with ppo.updater.engine.gathered():
+        ppo.rollouts.sync(state.update)
+        evaluation: Evaluation = evaluate(ppo.collector, ppo.held_out, state.update)
     ppo.context.metrics.samples(state.update, evaluation.samples)
     if not state.best or evaluation.figures["score_mean"] > state.best["score_mean"]:
         state.best = evaluation.figures | {"update": float(state.update)}

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from stages.core.bank import PolicyBank
 from stages.ppo.control import KlController, ScoreShaper
 
-WEIGHTS, OPTIMIZER, STATE, GENERATORS = "weights.safetensors", "optimizer.pt", "state.json", "generators.pt"
+WEIGHTS, MOMENTS, STATE, GENERATORS = "weights.safetensors", "moments.safetensors", "state.json", "generators.pt"
 FIELDS = ("update", "cursor", "episodes", "tokens", "best", "last", "unlogged")
 
 
@@ -32,10 +34,13 @@ class PpoState:
     # Figures of an update that trained, but whose evaluation an engine's failure prevented; a resume goes on with it.
     unlogged: dict[str, float] = field(default_factory=dict[str, float])
 
-    def save(self, folder: Path, bank: PolicyBank, optimizer: torch.optim.Optimizer) -> None:
-        """Writes everything into an empty folder."""
-        save_file({name: each.detach().cpu() for name, each in bank.trained().items()}, folder / WEIGHTS)
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+    def save(self, folder: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Writes everything into an empty folder; `weights` and `moments` of all that trains, whole, by name.
+
+        The same files whatever the number of ranks and the strategy.
+        """
+        save_file(dict(weights), folder / WEIGHTS)
+        save_file(dict(moments), folder / MOMENTS)
         torch.save({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, folder / GENERATORS)
         counters = {name: getattr(self, name) for name in FIELDS}
         scores = {name: value for name, value in asdict(self.shaper).items() if name != "config"}
@@ -47,13 +52,8 @@ class PpoState:
         }
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
-    def load(self, folder: Path, bank: PolicyBank, optimizer: torch.optim.Optimizer) -> None:
-        """Restores what `save` wrote; the files were verified against the checkpoint's manifest."""
-        weights = load_file(folder / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in bank.trained().items():
-                parameter.copy_(weights[name])
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
+    def load(self, folder: Path) -> None:
+        """Restores the counters and controllers; the files were verified against the checkpoint's manifest."""
         generators = torch.load(folder / GENERATORS, weights_only=True)
         torch.set_rng_state(generators["torch"])
         torch.cuda.set_rng_state_all(generators["cuda"])
@@ -67,6 +67,19 @@ class PpoState:
         random.setstate((version, tuple(internal), gauss))
         name, keys, *rest = state["numpy_generator"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def load_weights(folder: Path, bank: PolicyBank) -> None:
+    """Puts a checkpoint's weights into the bank; to be done before an engine takes the bank over."""
+    weights = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in bank.trained().items():
+            parameter.copy_(weights[name])
+
+
+def load_moments(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's optimizer state, as `Engine.load_moments` takes it."""
+    return load_file(folder / MOMENTS)
 
 
 def _numpy_state() -> list[Any]:

@@ -5,7 +5,7 @@ Legend: B responses, R longest response, M response tokens of a microbatch.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from stages.core import ranks
 from stages.core.bank import PolicyBank, TokenOutputs
+from stages.core.engine import Engine, Training, passes
 from stages.core.ops import kl_estimate
 from stages.core.rollout.protocol import rollout_seed
 from stages.core.sequences import ResponseBatch
@@ -28,7 +30,11 @@ from stages.ppo.ptx import Ptx
 # grows with the width: beyond the widths tried (64 and 256) the rate shrinks, so that values move as they did there.
 SHARED_HEAD_RATE = 25.0
 SHARED_HEAD_WIDTH = 256
+POLICY_GROUP = 0  # of the optimizer's parameter groups
 ADAM_EPSILON = 1e-5  # Huang et al. 2024 (2403.17031), detail 13
+
+
+Pass = Callable[[], tuple[Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Updater:
-    """The optimizer over policy and critic, and how it is stepped."""
+    """The engine over policy and critic, and how it is stepped; all ranks hold the same experience."""
 
     bank: PolicyBank
     config: PpoConfig
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     device: torch.device
     seed: int
     ptx: Ptx | None = None
@@ -93,19 +99,20 @@ class Updater:
                 figures = self._gradients(experience, rows, kl_coef, policy_trains=policy_trains)
                 measured.append(figures)
                 if policy_trains and self._is_too_far(figures):
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self.engine.discard()
                     break
                 if policy_trains and self.ptx is not None:
-                    figures["ptx/loss"] = self.ptx.backward(self.bank, (update - 1) * len(minibatches) + place)
+                    step = (update - 1) * len(minibatches) + place
+                    figures["ptx/loss"] = self.ptx.backward(self.engine, self.bank, step)
                     figures["loss"] += self.ptx.config.coef * figures["ptx/loss"]
-                figures["grad_norm"] = self._step(experience, rows, figures["loss"])
+                figures["grad_norm"] = self._step(experience, rows, figures["loss"], policy_trains=policy_trains)
             else:
                 empty += 1
             done += 1
         return _means(measured) | {
             "policy/epochs_done": done / config.minibatches,
             "policy/empty_minibatches": empty,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
         }
 
     def _minibatches(self, count: int, update: int) -> list[list[int]]:
@@ -126,64 +133,79 @@ class Updater:
     def _gradients(
         self, experience: Experience, rows: Sequence[int], kl_coef: float, *, policy_trains: bool
     ) -> dict[str, float]:
-        """Leaves the minibatch's gradients in the parameters; its metrics.
+        """Leaves the minibatch's gradients in the engine; its metrics, over all ranks.
 
-        Losses are divided by the response tokens that train in the minibatch, not in a microbatch as in TRL 1.12.
+        Each rank takes its part of the rows. Losses are divided by the response tokens that train in the minibatch, on
+        all ranks, not by those in a microbatch as in TRL 1.12.
         """
         tokens = int(experience.loss_mask_BR[list(rows)].sum())
         training = [row for row in rows if bool(experience.loss_mask_BR[row].any())]
-        self.optimizer.zero_grad(set_to_none=True)
+        responses, sizes = experience.responses, experience.responses.sizes
+        own = ranks.balanced_share(training, [sizes[row] for row in training])
+        groups = responses.microbatches(own, self.config.microbatch_tokens)
+        self.engine.discard()
         sums: dict[str, float] = defaultdict(float)
-        for group in experience.responses.microbatches(training, self.config.microbatch_tokens):
-            for loss, figures in self._losses(experience, group, kl_coef, policy_trains=policy_trains):
-                if loss.requires_grad:
-                    (loss / tokens).backward()
-                for name, value in figures.items():
-                    sums[name] += value / tokens
-        if not policy_trains:
-            for parameter in self.bank.policy.parameters():  # a shared critic's loss reaches the policy's trunk
-                parameter.grad = None
-        return dict(sums)
+        for group, counts in passes(self.engine, groups, [min(training, key=lambda row: sizes[row])]):
+            for compute in self._losses(experience, group, kl_coef, policy_trains=policy_trains):
+                self._pass(compute, sums, tokens if counts else None)
+        return _summed(ranks.gather_lists([dict(sums)]))
 
-    def _step(self, experience: Experience, rows: Sequence[int], loss: float) -> float:
+    def _pass(self, compute: Pass, sums: dict[str, float], tokens: int | None) -> None:
+        """Adds a pass's part of the minibatch's mean over `tokens` to its gradients and `sums`; None: it counts 0."""
+
+        def loss() -> Tensor:
+            total, figures = compute()
+            if tokens is None:
+                return total * 0.0
+            for name, value in figures.items():
+                sums[name] += value / tokens
+            return total / tokens
+
+        self.engine.backward(loss)
+
+    def _step(self, experience: Experience, rows: Sequence[int], loss: float, *, policy_trains: bool) -> float:
         """One optimizer step; returns the gradient's norm before clipping.
 
         TRL 1.12 clips none, whatever its max_grad_norm. Where it accumulates gradients it steps once an epoch, not once
         a minibatch, and on the last batch of its prompts after every microbatch, with a part of the gradient.
         Raises UserError, before the step, where loss or gradient is not finite.
         """
-        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+        idle = () if policy_trains else (POLICY_GROUP,)
+        grad_norm = self.engine.step(idle) if math.isfinite(loss) else math.nan
+        if not math.isfinite(grad_norm):
             origins = ", ".join(experience.responses.prompts[row].origin for row in rows)
             raise UserError(
                 f"ppo: loss is {loss} and the gradient norm {grad_norm} on prompts {origins}; no update was made: "
                 f"look at their scores, or lower ppo.learning_rate={self.config.learning_rate}"
             )
-        self.optimizer.step()
         return grad_norm
 
     def _losses(
         self, experience: Experience, rows: list[int], kl_coef: float, *, policy_trains: bool
-    ) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """The summed losses of a microbatch with their summed metrics, over the tokens that train.
+    ) -> Iterator[Pass]:
+        """What gives the summed losses of a microbatch with their summed metrics, over the tokens that train.
 
-        Each is for a backward pass of its own before the next is asked for: a critic with a trunk of its own begins
-        when the policy's activations are gone.
+        Each is a pass of its own: a critic with a trunk of its own begins when the policy's activations are gone.
         """
         bank, part = self.bank, Part(experience, rows, self.device)
-        is_shared = bank.value is None and bank.value_head is not None
-        with torch.set_grad_enabled(policy_trains or is_shared):
-            outputs = bank.outputs(part.batch, entropy=self.config.entropy_coef > 0).at(part.chosen_M)
+
+        def policy_pass() -> tuple[Tensor, dict[str, float]]:
+            entropy = self.config.entropy_coef > 0
+            outputs = bank.outputs(part.batch, entropy=entropy, policy_trains=policy_trains).at(part.chosen_M)
             terms = self._policy_terms(outputs, part, kl_coef)
             counted = dict(terms) if policy_trains else {}
             if outputs.values_M is not None:
                 counted["value/loss"] = self._value_term(outputs.values_M, part)
             figures = self._ratio_figures(outputs.logprobs_M.detach(), part.sampled(experience.logprobs_BR))
-        yield _weighed(counted, terms | counted, figures)
-        if bank.value is not None:
+            return _weighed(counted, terms | counted, figures)
+
+        def value_pass() -> tuple[Tensor, dict[str, float]]:
             term = {"value/loss": self._value_term(bank.values(part.batch)[part.chosen_M], part)}
-            yield _weighed(term, term, {})
+            return _weighed(term, term, {})
+
+        yield policy_pass
+        if bank.value is not None:
+            yield value_pass
 
     def _value_term(self, new_values_M: Tensor, part: "Part") -> tuple[float, Tensor]:
         """Weight and sum over tokens of the critic's loss."""
@@ -234,7 +256,7 @@ class Updater:
         factor = 1.0
         if self.config.schedule == "linear":
             factor = 1 - (update - 1) / self.config.updates
-        for group in self.optimizer.param_groups:
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
 
@@ -250,6 +272,12 @@ def _weighed(
     return loss, {name: float(value.detach()) for name, value in logged.items()}
 
 
+def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of each figure over ranks; a rank without rows has none."""
+    names = dict.fromkeys(name for figures in parts for name in figures)
+    return {name: sum(figures.get(name, 0.0) for figures in parts) for name in names}
+
+
 def _means(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each figure over the minibatches that have it; the first ratio, which must be 1, by itself."""
     if not measured:
@@ -258,6 +286,19 @@ def _means(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
     columns = {name: [figures[name] for figures in measured if name in figures] for name in names}
     means = {name: math.fsum(column) / len(column) for name, column in columns.items()}
     return means | {"policy/first_ratio_mean": measured[0]["policy/ratio_mean"]}
+
+
+def training_of(bank: PolicyBank, config: PpoConfig, optimizer: torch.optim.Optimizer) -> Training:
+    """All that PPO trains, for an engine: policy and critic under one optimizer."""
+    trunks = dict.fromkeys(view.trunk for view in (bank.policy, bank.reference, bank.value) if view is not None)
+    heads = [bank.value_head] if bank.value_head is not None else []
+    return Training(
+        modules=[*(trunk.model for trunk in trunks), *heads],
+        parameters=bank.trained(),
+        optimizer=optimizer,
+        max_grad_norm=config.max_grad_norm,
+        read_directly=list(bank.policy.trunk.lm_head.parameters()),
+    )
 
 
 def build_optimizer(bank: PolicyBank, config: PpoConfig) -> torch.optim.Optimizer:

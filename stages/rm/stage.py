@@ -7,11 +7,13 @@ from trl import RewardConfig
 
 from data.artifacts import write_atomically
 from data.prepare import prepare_preferences
+from stages.core import ranks
 from stages.core.context import StageContext, StageResult
 from stages.core.models import open_encoder, resolve_model
 from stages.core.pairs import measure
 from stages.core.supervised import encode_rows, publish, tuning_request
-from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
+from stages.core.supervised_run import SupervisedRun, quiet_libraries, trl_options
+from stages.core.trl_training import train
 from stages.core.tuning import tuned_model
 from stages.rm.config import RmConfig
 from stages.rm.trainer import RmTrainer
@@ -25,7 +27,8 @@ def run(context: StageContext[RmConfig]) -> StageResult:
     trainer = build_trainer(context, SupervisedRun(context, encoder, prepared.train, prepared.holdout, measure))
     train(trainer)
     figures = publish(trainer, _score_at_the_last_token)
-    _write_report(context.out / "report.json", figures, num_pairs=len(prepared.holdout))
+    if ranks.current().is_main:
+        _write_report(context.out / "report.json", figures, num_pairs=len(prepared.holdout))
     return StageResult("reward_model", figures, context.parents())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trl import RewardTrainer
 
 from data.encoded import EncodedPreference
+from stages.core import ranks
 from stages.core.calibration import JudgedPair, reward_figures
 from stages.core.models import backbone
 from stages.core.padding import pad_right
@@ -86,14 +87,15 @@ class RmTrainer(StageTrainer, RewardTrainer):
 
     def holdout_figures(self, step: int) -> dict[str, float]:
         """The training loss on the holdout, and what `stages.core.calibration` says of the scores."""
-        total, weight = 0.0, 0.0
-        pairs: list[JudgedPair] = []
+        parts: list[tuple[float, float]] = []
+        own: list[JudgedPair] = []
         for rows in self.holdout_passes():
             scores = self.scores(self.model, rows)
             losses_B, weight_B = pair_losses(scores, rows, centering=self.run.context.config.centering)
-            total += (losses_B * weight_B).sum().item()
-            weight += weight_B.sum().item()
-            pairs += judged_pairs(scores, rows)
+            parts.append(((losses_B * weight_B).sum().item(), weight_B.sum().item()))
+            own += judged_pairs(scores, rows)
+        totals, weights = zip(*ranks.gather_lists(parts), strict=True)
+        pairs = ranks.gather_lists(own)
         self.run.context.metrics.samples(step, list(pair_samples(self.run.encoder, self.run.holdout, pairs)))
         figures = {f"eval/{name}": value for name, value in reward_figures(pairs).items()}
-        return {"eval/loss": total / weight, **figures}
+        return {"eval/loss": sum(totals) / sum(weights), **figures}

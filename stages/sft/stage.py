@@ -6,7 +6,8 @@ from data.prepare import prepare_demonstrations
 from stages.core.context import StageContext, StageResult
 from stages.core.models import open_encoder, resolve_model
 from stages.core.supervised import encode_rows, publish, tuning_request
-from stages.core.trl_training import SupervisedRun, quiet_libraries, train, trl_options
+from stages.core.supervised_run import SupervisedRun, quiet_libraries, trl_options
+from stages.core.trl_training import train
 from stages.core.tuning import tuned_model
 from stages.sft.config import SftConfig
 from stages.sft.trainer import SftTrainer, measure

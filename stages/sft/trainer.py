@@ -13,12 +13,14 @@ from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from data.encoded import EncodedDemonstration
+from stages.core import ranks
 from stages.core.models import backbone
 from stages.core.padding import pad_right
 from stages.core.passes import packed_inputs, rounded_up
 from stages.core.sequences import PackedBatch
+from stages.core.supervised_run import Measured
 from stages.core.trim import trimmed
-from stages.core.trl_training import Microbatch, StageTrainer
+from stages.core.trl_training import StageTrainer
 from stages.core.tuning import inner_model
 
 LARGEST_EXPONENT = 700.0  # exp of more is not a float
@@ -45,10 +47,10 @@ class LossPlaces:
         return cls(row_M, before_M, target_M)
 
 
-def measure(rows: Sequence[EncodedDemonstration]) -> Microbatch[EncodedDemonstration]:
-    """The microbatch of these rows; each token to learn weighs the same."""
+def measure(rows: Sequence[EncodedDemonstration]) -> Measured[EncodedDemonstration]:
+    """What these rows hold; each token to learn weighs the same."""
     tokens = sum(len(row.tokens) for row in rows)
-    return Microbatch(rows, tokens=tokens, weight=float(sum(sum(row.loss_mask[1:]) for row in rows)))
+    return Measured(rows, tokens=tokens, weight=float(sum(sum(row.loss_mask[1:]) for row in rows)))
 
 
 def summed_nll(model: nn.Module, rows: Sequence[EncodedDemonstration], *, packing: bool, multiple: int = 1) -> Tensor:
@@ -81,13 +83,12 @@ class SftTrainer(StageTrainer, SFTTrainer):
 
     def summed_loss(self, model: nn.Module, rows: Sequence[EncodedDemonstration]) -> Tensor:
         """Summed negative log-likelihood."""
-        return summed_nll(model, rows, packing=self.run.context.shared.packing, multiple=self.multiple)
+        with self.accelerator.autocast():
+            return summed_nll(model, rows, packing=self.run.context.shared.packing, multiple=self.multiple)
 
     def holdout_figures(self, step: int) -> dict[str, float]:
         """Mean negative log-likelihood a token to learn, and its exponential."""
-        total, tokens = 0.0, 0.0
-        for rows in self.holdout_passes():
-            total += self.summed_loss(self.model, rows).item()
-            tokens += measure(rows).weight
-        loss = total / tokens
+        own = [(self.summed_loss(self.model, rows).item(), measure(rows).weight) for rows in self.holdout_passes()]
+        totals, weights = zip(*ranks.gather_lists(own), strict=True)
+        loss = sum(totals) / sum(weights)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, LARGEST_EXPONENT))}

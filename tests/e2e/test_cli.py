@@ -105,8 +105,11 @@ def test_every_config_mistake_is_told_at_once(project: Path):
     ("arguments", "line"),
     [
         (("sft", "absent.yaml"), "CONFIG=absent.yaml: no such file"),
-        (("sft", "chain.yaml", "--gpus", "2"), "--gpus 2: this version trains in one process; use --gpus 1"),
-        (("run", "chain.yaml", "--hostfile", "hosts"), "--hostfile hosts: this version trains in one process"),
+        (("sft", "chain.yaml", "--gpus", "2"), "distributed.strategy=none: is for one process; with several choose"),
+        (("sft", "chain.yaml", "--gpus", "-1"), "--gpus -1: is negative"),
+        (("run", "chain.yaml", "--hostfile", "hosts"), "--hostfile hosts: cannot be read (No such file or directory)"),
+        (("plan", "chain.yaml", "--device", "abacus"), "--device abacus: is not known; use one of a100-40gb"),
+        (("plan", "chain.yaml", "--show", "deepspeed"), "distributed.strategy=none: is not DeepSpeed's; choose zero1"),
         (("rm", "chain.yaml"), "policy="),
         (("run", "chain.yaml", "--resume", "must"), "--resume must: "),
         (("sft", "chain.yaml", "base_model=./absent"), "base=./absent: no such file or folder"),

@@ -6,14 +6,18 @@ from transformers import Trainer
 
 from data.chat import ChatEncoder
 from stages.core.context import StageContext
-from stages.core.trl_training import SupervisedRun
+from stages.core.supervised_run import SupervisedRun
+from stages.core.trl_training import StageTrainer
 from tests.tiny import tiny_tokenizer
 
 
 def first_step(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients, by parameter name, of the first step's batch."""
+    loader = trainer.get_train_dataloader()
+    if isinstance(trainer, StageTrainer):
+        trainer._prepare_for_training(1, loader, None)  # opens the engine
     batches, items = trainer.get_batch_samples(
-        iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, trainer.args.device
+        iter(loader), trainer.args.gradient_accumulation_steps, trainer.args.device
     )
     trainer.current_gradient_accumulation_steps = len(batches)
     loss = sum(trainer.training_step(trainer.model, batch, items).item() for batch in batches)

@@ -15,7 +15,7 @@ from data.encoded import EncodedPreference
 from stages.core.models import resolve_model
 from stages.core.pairs import measure
 from stages.core.supervised import tuning_request
-from stages.core.trl_training import trl_options
+from stages.core.supervised_run import trl_options
 from stages.core.tuning import tuned_model
 from stages.dpo.stage import build_trainer
 from stages.dpo.trainer import DpoTrainer

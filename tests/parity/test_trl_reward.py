@@ -11,7 +11,7 @@ from trl import RewardConfig, RewardTrainer
 
 from data.encoded import EncodedPreference
 from stages.core.pairs import measure
-from stages.core.trl_training import trl_options
+from stages.core.supervised_run import trl_options
 from stages.rm.stage import build_trainer
 from stages.rm.trainer import RmTrainer
 from tests.parity.steps import assert_same_step, first_step, supervised_run

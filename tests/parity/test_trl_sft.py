@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from stages.core.trl_training import trl_options
+from stages.core.supervised_run import trl_options
 from stages.sft.stage import build_trainer
 from stages.sft.trainer import SftTrainer, measure
 from tests.parity.steps import assert_same_step, first_step, supervised_run

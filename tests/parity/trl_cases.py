@@ -28,8 +28,8 @@ from stages.core.rollout.protocol import Completion, Sampling
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import ScoreShaper
 from stages.ppo.experience import Collector, Experience
-from stages.ppo.update import Updater
 from tests.tiny import EOS, PAD, tiny_llama, tiny_tokenizer
+from tests.tiny_ppo import updater_of
 
 CPU = torch.device("cpu")
 PEER = Path(__file__).parents[2] / ".peers" / "trl-1.12"
@@ -289,5 +289,5 @@ def our_steps(
         lambda *_: steps.append({name: each.grad.clone() for name, each in chosen.items()})
     )
     config = run.config.model_copy(update={"max_grad_norm": max_grad_norm})
-    figures = Updater(bank, config, optimizer, CPU, 0).update(experience, 1, config.kl.coef)
+    figures = updater_of(bank, config, optimizer).update(experience, 1, config.kl.coef)
     return steps, figures

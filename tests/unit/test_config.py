@@ -103,7 +103,10 @@ def test_scientific_notation_without_a_dot_is_a_number(contract: Path):
         ("sft.holdout=abc", "sft.holdout=abc: is not a number or a mapping; write a number or a mapping"),
         ("seed=x", "seed=x: is not a whole number; write a whole number"),
         ("dtype=int8", "dtype=int8: is none of the choices; use float32 or bfloat16"),
-        ("distributed.strategy=zero2", "distributed.strategy=zero2: this version trains in one process; use none"),
+        (
+            "distributed.offload=optimizer",
+            "distributed.offload=optimizer: no effect with strategy=none; use strategy=zero1, zero2 or zero3",
+        ),
         ("max_length=.inf", "max_length=inf: is not finite; use a number"),
         ("sft.data.3.path=x", "sft.data.3.path=x: sft.data is a list of 1, without an item '3'; count from 0"),
         ("nonsense", "nonsense: is no override; write key=value, as in ppo.kl.coef=0.02"),

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from stages.core import attention, blocks, memory
 from stages.core.config import Tuning
-from stages.core.memory import Training, known_config, model_shape, training_bytes
+from stages.core.known_models import known_config
+from stages.core.memory import Training, model_shape, training_bytes
 from stages.core.sequences import PackedBatch
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

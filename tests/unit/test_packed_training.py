@@ -12,7 +12,7 @@ from stages.core import attention
 from stages.core.padding import pad_right
 from stages.core.pairs import measure as measure_pairs
 from stages.core.supervised_config import SupervisedSection
-from stages.core.trl_training import row_order
+from stages.core.supervised_run import row_order
 from stages.dpo.trainer import pair_logprobs
 from stages.rm.trainer import last_token_scores
 from stages.sft.trainer import LossPlaces, measure, summed_nll

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from stages.ppo.experience import Experience
-from stages.ppo.update import Updater
 from tests.tiny import tiny_model_folder
 from tests.tiny_ppo import (
     BR_FIELDS,
-    CPU,
     assert_same,
     gradients,
     make_bank,
@@ -20,6 +18,7 @@ from tests.tiny_ppo import (
     moved_policy,
     ppo_config,
     still_updater,
+    updater_of,
     weights,
 )
 
@@ -69,7 +68,7 @@ def test_a_step_is_made_with_gradients_of_bounded_norm(base: Path, bound: float)
     bank, config = make_bank(base), ppo_config(max_grad_norm=bound)
     experience = make_experience(bank, base, config)
     optimizer = torch.optim.SGD([{"params": list(bank.trained().values()), "lr": 1.0, "peak_lr": 1.0}])
-    updater = Updater(bank, ppo_config(max_grad_norm=bound, learning_rate=1.0), optimizer, CPU, 0)
+    updater = updater_of(bank, ppo_config(max_grad_norm=bound, learning_rate=1.0), optimizer)
     before = weights(bank)
     figures = updater.update(experience, 1, 0.1)
     moved = sum(float((after - before[name]).square().sum()) for name, after in weights(bank).items()) ** 0.5

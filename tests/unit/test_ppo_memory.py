@@ -4,11 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from stages.core import logprobs
+from stages.core.blocks import FastBlock
 from tests.largest import Largest
 from tests.tiny import tiny_model_folder
-from tests.tiny_ppo import CPU, make_bank, make_experience, ppo_config, still_updater
+from tests.tiny_ppo import (
+    CPU,
+    assert_same,
+    gradients,
+    make_bank,
+    make_experience,
+    ppo_config,
+    still_updater,
+)
 
 VOCABULARY_ROWS = 7  # tokens whose logits may be alive at once
 
@@ -39,3 +49,27 @@ def test_scoring_and_update_never_hold_tokens_times_vocabulary(
             bank.values(batch)
         still_updater(bank, config).update(experience, 1, kl_coef=0.1)
     assert largest.numel <= bound < len(batch.targets_M) * vocabulary
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputed_blocks_keep_their_inputs_alone_and_change_no_gradient(base: Path, method: str) -> None:
+    """Two blocks keep one tensor of N x D each; written out they keep a dozen, some of them wider."""
+    kept: list[list[Tensor]] = []
+    found: list[dict[str, Tensor]] = []
+    for recompute in (False, True):
+        bank, config = make_bank(base, "shared", method, gradient_checkpointing=recompute), ppo_config()
+        experience = make_experience(bank, base, config)
+        batch = experience.responses.batch(range(len(experience.score_B)), CPU)
+        own: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, own=own: own.append(each) or each, lambda each: each
+        ):
+            logprobs_M = bank.outputs(batch).logprobs_M
+        tokens, hidden = batch.packed.tokens_1N.numel(), bank.policy.trunk.width
+        kept.append([each for each in own if each.shape[-2:] == (tokens, hidden)])
+        logprobs_M.sum().backward()
+        found.append(gradients(bank))
+        blocks = [module for module in bank.policy.trunk.model.modules() if isinstance(module, FastBlock)]
+        assert [block.training for block in blocks] == [False, False]
+    assert len(kept[1]) < len(kept[0])
+    assert_same(found[1], found[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.core.bank import PolicyBank
 from stages.ppo.config import PpoConfig
 from stages.ppo.experience import Experience
-from stages.ppo.update import Updater, build_optimizer
+from stages.ppo.update import build_optimizer
 from tests.tiny import tiny_model_folder
 from tests.tiny_ppo import (
     CPU,
@@ -24,6 +24,7 @@ from tests.tiny_ppo import (
     permuted,
     ppo_config,
     still_updater,
+    updater_of,
     weights,
 )
 
@@ -148,7 +149,7 @@ def test_an_entropy_bonus_raises_the_entropy(base: Path) -> None:
     config = ppo_config(advantage="reinforce++", value_coef=None, entropy_coef=1.0, epochs=3, learning_rate=1e-3)
     experience = make_experience(bank, base, config)
     experience = replace(experience, advantages_BR=torch.zeros_like(experience.advantages_BR))
-    updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
+    updater = updater_of(bank, config, build_optimizer(bank, config))
     entropies = [updater.update(experience, update, 0.0)["policy/entropy_exact"] for update in (1, 2, 3)]
     assert entropies[0] < entropies[1] < entropies[2]
     assert 0 < entropies[0] < torch.tensor(300.0).log()  # of at most 300 tokens
@@ -193,13 +194,13 @@ def test_a_minibatch_of_filtered_responses_makes_no_step(base: Path) -> None:
     optimizer = build_optimizer(bank, config)
     steps: list[int] = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    figures = Updater(bank, config, optimizer, CPU, 0).update(experience, 1, 0.0)
+    figures = updater_of(bank, config, optimizer).update(experience, 1, 0.0)
     assert len(steps) == 10  # five of eight minibatches, twice
     assert figures["policy/empty_minibatches"] == 6
     assert figures["policy/epochs_done"] == 2
 
     before = weights(bank)
-    figures = Updater(bank, config, optimizer, CPU, 0).update(filtered(experience, list(range(8))), 2, 0.0)
+    figures = updater_of(bank, config, optimizer).update(filtered(experience, list(range(8))), 2, 0.0)
     assert figures.keys() == {"policy/epochs_done", "policy/empty_minibatches", "lr"}
     assert figures["policy/empty_minibatches"] == 16
     assert all(torch.equal(each, before[name]) for name, each in bank.trained().items())
@@ -218,7 +219,7 @@ def test_early_stop_measures_before_the_step_and_ends_the_epochs(base: Path) -> 
     bank, config = make_bank(base), ppo_config(minibatch_size=4, epochs=4, learning_rate=5e-3, early_stop_kl=bound)
     experience = make_experience(bank, base, config)
     optimizer = build_optimizer(bank, config)
-    updater = Updater(bank, config, optimizer, CPU, 0)
+    updater = updater_of(bank, config, optimizer)
     order = updater._minibatches(8, 1)
     before_step: list[float] = []
     after_step: list[dict[str, Tensor]] = []
@@ -242,7 +243,7 @@ def test_an_early_stop_at_the_first_minibatch_changes_nothing(base: Path) -> Non
     bank, config = make_bank(base), ppo_config(minibatch_size=4, epochs=2, early_stop_kl=1e-3)
     experience = moved_policy(make_experience(bank, base, config))
     before = weights(bank)
-    figures = Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1, 0.0)
+    figures = updater_of(bank, config, build_optimizer(bank, config)).update(experience, 1, 0.0)
     assert figures["policy/epochs_done"] == 0
     assert "grad_norm" not in figures
     assert all(torch.equal(each, before[name]) for name, each in bank.trained().items())
@@ -252,7 +253,7 @@ def test_a_bound_that_is_never_reached_changes_nothing(base: Path) -> None:
     def trained(**change: object) -> tuple[dict[str, Tensor], float]:
         bank, config = make_bank(base), ppo_config(minibatch_size=4, epochs=2, **change)
         experience = make_experience(bank, base, config)
-        figures = Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1, 0.0)
+        figures = updater_of(bank, config, build_optimizer(bank, config)).update(experience, 1, 0.0)
         return weights(bank), figures["policy/epochs_done"]
 
     (plain, epochs), (bounded, bounded_epochs) = trained(), trained(early_stop_kl=10.0)
@@ -272,7 +273,7 @@ def test_without_a_critic_only_the_policy_trains(base: Path, method: str, advant
     optimizer = build_optimizer(bank, config)
     assert len(optimizer.param_groups) == 1
     before = weights(bank)
-    figures = Updater(bank, config, optimizer, CPU, 0).update(experience, 1, 0.0)
+    figures = updater_of(bank, config, optimizer).update(experience, 1, 0.0)
     assert not any(name.startswith("value/") for name in figures)
     assert figures["loss"] == pytest.approx(figures["policy/loss"])
     assert any(not torch.equal(each, before[name]) for name, each in bank.trained().items())

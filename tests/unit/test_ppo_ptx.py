@@ -27,7 +27,7 @@ from stages.core.sequences import PackedBatch
 from stages.ppo.config import PpoConfig, PtxConfig
 from stages.ppo.ptx import Ptx, demonstration_batch
 from stages.ppo.stage import run
-from stages.ppo.update import Updater, build_optimizer
+from stages.ppo.update import build_optimizer
 from tests.tiny import tiny_model_folder
 from tests.tiny_ppo import (
     CPU,
@@ -38,6 +38,7 @@ from tests.tiny_ppo import (
     make_experience,
     ppo_config,
     still_updater,
+    updater_of,
     weights,
 )
 
@@ -87,7 +88,8 @@ def test_the_gradient_is_coef_times_that_of_supervised_training(
     base: Path, method: str, microbatch_tokens: int
 ) -> None:
     bank = make_bank(base, "adapter", method)
-    figure = ptx_of(microbatch_tokens=microbatch_tokens).backward(bank, 0)
+    engine = still_updater(bank, ppo_config()).engine
+    figure = ptx_of(microbatch_tokens=microbatch_tokens).backward(engine, bank, 0)
     ours = gradients(bank)
     clear_gradients(bank)
     loss = mean_nll(bank, ROWS)
@@ -160,7 +162,7 @@ def test_an_early_stop_shifts_no_later_row(base: Path, monkeypatch: pytest.Monke
 def test_critic_warmup_mixes_nothing_in(base: Path) -> None:
     bank, config = make_bank(base), ppo_config(critic_warmup=1)
     experience = make_experience(bank, base, config)
-    updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0, ptx_of())
+    updater = updater_of(bank, config, build_optimizer(bank, config), ptx=ptx_of())
     before = weights(bank)
     assert "ptx/loss" not in updater.update(experience, 1, 0.0)
     moved = {name.split(".")[0] for name, each in bank.trained().items() if not torch.equal(each, before[name])}
@@ -174,7 +176,7 @@ def test_a_demonstration_that_breaks_the_gradient_stops_before_the_step(base: Pa
     endless = replace(ptx, config=ptx.config.model_copy(update={"coef": float("inf")}))
     before = weights(bank)
     with pytest.raises(UserError, match="no update was made"):
-        Updater(bank, config, build_optimizer(bank, config), CPU, 0, endless).update(experience, 1, 0.0)
+        updater_of(bank, config, build_optimizer(bank, config), ptx=endless).update(experience, 1, 0.0)
     assert all(torch.equal(each, before[name]) for name, each in bank.trained().items())
 
 

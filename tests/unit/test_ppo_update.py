@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from stages.core.responses import Responses
-from stages.ppo.update import Updater, build_optimizer
+from stages.ppo.update import build_optimizer
 from tests.tiny import tiny_model_folder
 from tests.tiny_ppo import (
     BR_FIELDS,
@@ -24,6 +24,7 @@ from tests.tiny_ppo import (
     permuted,
     ppo_config,
     still_updater,
+    updater_of,
     weights,
 )
 
@@ -176,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(base: Path, field: str)
     optimizer.register_step_post_hook(lambda *_: steps.append(weights(bank)))
     before = weights(bank)
     with pytest.raises(UserError, match=r"prompts\.jsonl:6"):
-        Updater(bank, config, optimizer, CPU, 0).update(experience, 1, 0.1)
+        updater_of(bank, config, optimizer).update(experience, 1, 0.1)
     last = steps[-1] if steps else before
     for name, parameter in bank.trained().items():
         assert torch.equal(parameter, last[name])
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(base: Path, field: str)
 def test_critic_warmup_leaves_the_policy_bit_for_bit(base: Path, critic: str, method: str) -> None:
     bank, config = make_bank(base, critic, method), ppo_config(critic_warmup=2, minibatch_size=4, learning_rate=1e-2)
     experience = make_experience(bank, base, config)
-    updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
+    updater = updater_of(bank, config, build_optimizer(bank, config))
 
     def moved(update: int) -> set[str]:
         before = weights(bank)
@@ -220,7 +221,7 @@ def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
     everyone = experience.responses.batch(range(8), CPU)
     advantages_M = experience.advantages_BR[experience.mask_BR]
     before_M = bank.policy_logprobs(everyone).detach()
-    Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1, 0.1)
+    updater_of(bank, config, build_optimizer(bank, config)).update(experience, 1, 0.1)
     gain_M = bank.policy_logprobs(everyone).detach() - before_M
     assert float((gain_M * advantages_M).sum()) > 0.1
 
@@ -228,7 +229,7 @@ def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
 def test_a_critic_learns_its_returns(base: Path) -> None:
     bank, config = make_bank(base), ppo_config(value_learning_rate=3e-3, epochs=40, value_clip_range=100.0)
     experience = make_experience(bank, base, config)
-    figures = Updater(bank, config, build_optimizer(bank, config), CPU, 0).update(experience, 1, 0.1)
+    figures = updater_of(bank, config, build_optimizer(bank, config)).update(experience, 1, 0.1)
     everyone = experience.responses.batch(range(8), CPU)
     errors_M = bank.values(everyone).detach() - experience.returns_BR[experience.mask_BR]
     assert float(errors_M.square().mean()) < 0.5 * 2 * figures["value/loss"]
@@ -237,10 +238,10 @@ def test_a_critic_learns_its_returns(base: Path) -> None:
 def test_learning_rates(base: Path) -> None:
     def rates(update: int, critic: str = "adapter", **changes: object) -> list[float]:
         bank, config = make_bank(base, critic), ppo_config(updates=10, learning_rate=1e-3, **changes)
-        updater = Updater(bank, config, build_optimizer(bank, config), CPU, 0)
+        updater = updater_of(bank, config, build_optimizer(bank, config))
         figures = updater.update(make_experience(bank, base, config), update, 0.1)
-        assert figures["lr"] == updater.optimizer.param_groups[0]["lr"]
-        return [group["lr"] for group in updater.optimizer.param_groups]
+        assert figures["lr"] == updater.engine.optimizer.param_groups[0]["lr"]
+        return [group["lr"] for group in updater.engine.optimizer.param_groups]
 
     assert rates(7) == [1e-3] * 3
     # linear: 1 at the first update, 1/10 at the tenth of ten

@@ -10,7 +10,7 @@ from data.sources import SourceConfig
 from pipeline.config import RunConfig, load_config, recipes_folder
 from pipeline.inputs import STAGES, Run
 from pipeline.plan_memory import memory_estimate
-from stages.core.memory import known_config
+from stages.core.known_models import known_config
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
 NAMES = [recipe.stem for recipe in RECIPES]

@@ -9,7 +9,8 @@ from typing import Any
 
 from data.artifacts import sha256_json
 from data.errors import UserError
-from stages.core.context import StageContext
+from stages.core import ranks
+from stages.core.context import Interrupted, StageContext
 from stages.core.judge.asking import Asker, Unanswered, for_each
 from stages.core.judge.defences import suspicious, trivial
 from stages.core.judge.ledger import LEDGER, Ledger, Verdict
@@ -42,8 +43,11 @@ class JudgeScorer:
 
         What is no answer at all gets the least points unasked. What speaks to the judge is not put to it, and has no
         score: nothing is to be won by it, and an honest answer that only looks so is not punished. Raises Interrupted,
-        and UserError where more than `max_unanswered` of the responses have no score.
+        and UserError where more than `max_unanswered` of the responses have no score. One rank asks for all.
         """
+        return ranks.alone(lambda: self._score(answered), Interrupted)
+
+    def _score(self, answered: Answered) -> list[float]:
         points = [float(LEAST) if trivial(text) else math.nan for text in answered.responses]
         addressing = {place: what for place, text in enumerate(answered.responses) if (what := suspicious(text))}
         waiting = [place for place, each in enumerate(points) if math.isnan(each) and place not in addressing]

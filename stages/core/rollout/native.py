@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from stages.core import ranks
 from stages.core.attention import pack_layout
 from stages.core.bank import read_values
 from stages.core.kv_cache import KvCache
@@ -51,13 +52,18 @@ class NativeEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Completion]]:
-        """For each prompt one completion a seed, decoded at most `batch_size` responses at a time."""
+        """For each prompt one completion a seed, decoded at most `batch_size` responses at a time.
+
+        Each rank answers its part of the prompts; all get every answer.
+        """
+        prompts, seeds = ranks.share(prompts), ranks.share(seeds)
         completions: list[list[Completion]] = []
-        with self.trunk.decoding(self.adapter) as head:
-            for group in split_by_budget([len(each) for each in seeds], self.batch_size):
-                asked = [prompts[i] for i in group], [seeds[i] for i in group]
-                completions += self._generate_group(*asked, sampling, head)
-        return completions
+        if prompts:
+            with self.trunk.decoding(self.adapter) as head:
+                for group in split_by_budget([len(each) for each in seeds], self.batch_size):
+                    asked = [prompts[i] for i in group], [seeds[i] for i in group]
+                    completions += self._generate_group(*asked, sampling, head)
+        return ranks.gather_lists(completions)
 
     def close(self) -> None:
         """Nothing to release: the policy belongs to the trainer."""

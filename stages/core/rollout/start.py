@@ -7,6 +7,7 @@ from pathlib import Path
 from data.errors import UserError
 from stages.core.rollout.choice import Choice
 from stages.core.rollout.config import EngineConfig
+from stages.core.rollout.main_engine import MainEngine
 from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.policy_files import Dtype, PolicyFiles
 from stages.core.rollout.protocol import RolloutEngine
@@ -28,7 +29,7 @@ def start_engine(
     responses: int,
     folder: Path,
 ) -> RolloutEngine:
-    """`native`, or an engine that is handed `files`, for up to `responses` at once; close it.
+    """`native`, or an engine of rank 0's that is handed `files`, for up to `responses` at once; close it.
 
     Servers started here log to `folder`, and read the policy's weights there. Raises UserError where the choice has
     problems, or a server does not start.
@@ -37,7 +38,8 @@ def start_engine(
         raise UserError(*choice.problems)
     if choice.engine == "native":
         return native
-    return VllmEngine.start(files(), vllm_options(config, max_length=max_length, responses=responses), folder)
+    options = vllm_options(config, max_length=max_length, responses=responses)
+    return MainEngine.start(lambda: VllmEngine.start(files(), options, folder))
 
 
 def vllm_options(config: EngineConfig, *, max_length: int, responses: int) -> VllmOptions:

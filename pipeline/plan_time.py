@@ -1,0 +1,115 @@
+"""How long one step or update would take on a given device and number of ranks, by phase, and what they would send."""
+
+import math
+from dataclasses import dataclass
+
+from pipeline.inputs import Run
+from stages.core.config import Tuning
+from stages.core.memory import GRADIENT_BYTES, ModelShape, base_bytes, trained_parameters
+from stages.core.speed import (
+    Machine,
+    decode_seconds,
+    pass_flops,
+    passes_of_training,
+    sent_bytes,
+    step_traffic,
+)
+from stages.core.supervised_config import SupervisedSection
+from stages.ppo.config import PpoConfig
+
+_ANSWERED = 0.75  # of response_length, the mean response where none is known
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """One optimizer step (sft, rm, dpo) or update (ppo): seconds by phase, bytes that each rank sends."""
+
+    unit: str
+    phases: dict[str, float]
+    sent_bytes: float
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return sum(self.phases.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the time of a stage depends on beside the machine."""
+
+    shape: ModelShape
+    tuning: Tuning
+    checkpointing: bool
+    mean_tokens: float  # of a row, or of a prompt
+
+
+def stage_work(run: Run, stage: str, shape: ModelShape, mean_tokens: float) -> Work:
+    """The work of a training stage; `mean_tokens` 0: half of max_length."""
+    tuning: Tuning = getattr(getattr(run.config, stage), "tuning", None) or run.config.tuning
+    return Work(shape, tuning, run.config.gradient_checkpointing, mean_tokens or run.config.max_length / 2)
+
+
+def stage_seconds(run: Run, stage: str, work: Work, machine: Machine) -> Seconds | None:
+    """The estimate of a training stage; None for the others."""
+    if (section := run.config.supervised(stage)) is not None:
+        return supervised_seconds(section, stage, work, machine)
+    if stage == "ppo" and run.config.ppo is not None:
+        return ppo_seconds(run.config.ppo, work, machine)
+    return None
+
+
+def supervised_seconds(section: SupervisedSection, stage: str, work: Work, machine: Machine) -> Seconds:
+    """One optimizer step of sft, rm or dpo, as the slowest rank takes it."""
+    ranks = machine.spread.ranks
+    rows = math.ceil(section.batch_size / ranks)
+    tokens = rows * work.mean_tokens * (1 if stage == "sft" else 2)  # both sides of a pair
+    head = 0.0 if stage == "rm" else tokens
+    forward = pass_flops(work.shape, tokens, work.mean_tokens, head_tokens=head)
+    worth = passes_of_training(full=work.tuning.method == "full", checkpointing=work.checkpointing)
+    worth += 1 if stage == "dpo" else 0  # the reference's pass
+    passes = math.ceil(rows / section.rows_per_pass)
+    traffic, sent = _traffic(work, machine, passes)
+    return Seconds("step", {"compute": machine.compute_seconds(worth * forward), "communication": traffic}, sent)
+
+
+def ppo_seconds(section: PpoConfig, work: Work, machine: Machine) -> Seconds:
+    """One update of PPO, as the slowest rank takes it: rollout by the trainer or by vLLM with the same device."""
+    ranks, shape = machine.spread.ranks, work.shape
+    responses = math.ceil(section.rollout_batch_size / ranks)
+    response, prompt = _ANSWERED * section.response_length, work.mean_tokens
+    length = prompt + response
+    tokens = responses * length
+    forward = pass_flops(shape, tokens, length, head_tokens=responses * response)
+    has_trunk = section.has_critic and section.critic != "shared"
+    models = sum(reward.function is None for reward in section.rewards)
+    scoring = 1 + models + (1 if has_trunk else 0)  # reference, rewards, values
+    worth = passes_of_training(full=work.tuning.method == "full", checkpointing=work.checkpointing)
+    trained_models = 2 if has_trunk else 1
+    per_minibatch = math.ceil(math.ceil(section.minibatch_size / ranks) * length / section.microbatch_tokens)
+    steps = section.epochs * section.minibatches
+    traffic, sent = _traffic(work, machine, per_minibatch * trained_models, trained_models)
+    rollout = decode_seconds(shape, machine, responses=responses, prompt=prompt, response=response)
+    gathered = _weight_bytes(work, machine) if machine.spread.stage == 3 else 0.0
+    phases = {
+        "rollout": rollout + machine.gather_seconds(gathered),
+        "scoring": machine.compute_seconds(scoring * forward) + scoring * machine.gather_seconds(gathered),
+        "update": machine.compute_seconds(section.epochs * worth * trained_models * forward),
+        "communication": steps * traffic,
+    }
+    once = sent_bytes((1 + scoring) * gathered, machine.spread)
+    return Seconds("update", phases, steps * sent + once)
+
+
+def _traffic(work: Work, machine: Machine, passes: float, models: int = 1) -> tuple[float, float]:
+    """Seconds and sent bytes of one optimizer step's collectives."""
+    trained, weights = models * trained_parameters(work.shape, work.tuning), _weight_bytes(work, machine)
+    reduced, gathered = step_traffic(trained * GRADIENT_BYTES, weights, passes, machine.spread)
+    seconds = machine.reduce_seconds(reduced) + machine.gather_seconds(gathered)
+    seconds += machine.offload_seconds(trained, weights, passes)
+    return seconds, 2 * sent_bytes(reduced, machine.spread) + sent_bytes(gathered, machine.spread)
+
+
+def _weight_bytes(work: Work, machine: Machine) -> float:
+    """The weights as they are kept, and so travel."""
+    return base_bytes(work.shape, work.tuning, machine.dtype)
