@@ -62,7 +62,8 @@ class StageView:
         self._begun = time.monotonic()
         self._shown = self._begun
         if not self._console.is_terminal:
-            self._console.print(f"{self._stage}: {total_steps} {unit}s" + (f", {done} done before" if done else ""))
+            units, before = unit if total_steps == 1 else f"{unit}s", f", {done} done before" if done else ""
+            self._console.print(f"{self._stage}: {total_steps} {units}{before}")
             return
         progress = self._progress = self._progress or self._new_bar(unit)
         progress.update(progress.task_ids[0], completed=done, total=total_steps)

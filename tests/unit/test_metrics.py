@@ -238,6 +238,14 @@ def test_plain_lines_show_first_and_last_only_when_steps_are_fast():
     assert len(lines) == 3
 
 
+def test_one_step_is_no_plural_and_a_resumed_stage_says_what_was_done():
+    console = plain_console()
+    with StageView("eval", console) as view:
+        view.start(1, "evaluation", 0)
+        view.start(50, "step", 20)
+    assert console.export_text().splitlines() == ["eval: 1 evaluation", "eval: 50 steps, 20 done before"]
+
+
 def test_figures_and_durations_read_well():
     assert figures_text({"loss": 0.123456, "score/mean": 2.0, "unknown": 1.0}) == "score 2 · loss 0.1235"
     assert [duration(seconds) for seconds in (5, 65, 3700)] == ["5s", "1m05s", "1h01m"]
