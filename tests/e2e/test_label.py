@@ -69,7 +69,14 @@ def test_labels_follow_the_verdicts_and_rest_on_their_ledger_rows(tmp_path: Path
     assert "ledger.sqlite" not in artifact["files"]  # it outlives the stage
 
 
-def check_faults(tmp_path: Path, pairs: int, *, concurrency: int) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "concurrency"),
+    [
+        pytest.param(1000, 32, marks=pytest.mark.slow),
+        pytest.param(10_000, 64, marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_faults_in_a_third_of_the_calls_change_no_label(tmp_path: Path, pairs: int, concurrency: int) -> None:
     """Faults in 30 % of the calls change no label that is delivered; almost all are, and the rest have a cause."""
     rows, out = pair_rows(pairs, ties=pairs // 10), tmp_path / "out"
     judge = {"timeout_s": 4.0, "max_concurrency": concurrency, "price": {"input": 1.0, "output": 2.0}, "max_cost": 100}
@@ -99,18 +106,14 @@ def check_faults(tmp_path: Path, pairs: int, *, concurrency: int) -> None:
         assert ledger.total("cost") <= 100
 
 
-@pytest.mark.slow
-def test_faults_in_a_third_of_the_calls_change_no_label(tmp_path: Path) -> None:
-    check_faults(tmp_path, 1000, concurrency=32)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_faults_in_a_third_of_20000_questions_change_no_label(tmp_path: Path) -> None:
-    check_faults(tmp_path, 10_000, concurrency=64)
-
-
-def check_kills(tmp_path: Path, pairs: int, kills: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "kills", "seed"),
+    [
+        pytest.param(60, 2, 1, marks=pytest.mark.slow),
+        pytest.param(400, 20, 2, marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_a_killed_run_asks_nothing_again_that_was_answered(tmp_path: Path, pairs: int, kills: int, seed: int) -> None:
     """Killed at random points: what the ledger held is never asked again, and the labels are those of a clean run."""
     rows = pair_rows(pairs)
     rng = random.Random(seed)
@@ -147,17 +150,6 @@ def question_of(ledger: Ledger, key: str) -> Question:
     content = ledger.question(key)
     assert content is not None
     return Question(**{**content, "responses": tuple(content["responses"]), "principles": ()})
-
-
-@pytest.mark.slow
-def test_a_killed_run_asks_nothing_again_that_was_answered(tmp_path: Path) -> None:
-    check_kills(tmp_path, 60, kills=2, seed=1)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_a_run_killed_twenty_times_asks_nothing_again_that_was_answered(tmp_path: Path) -> None:
-    check_kills(tmp_path, 400, kills=20, seed=2)
 
 
 @pytest.mark.slow

@@ -171,27 +171,29 @@ def in_one_pass(trial: Trial) -> Trial:
     return replace(trial, section={**trial.section, "microbatch_size": 64})
 
 
-def check(bench: Bench, trials: Sequence[Trial]) -> None:
+def soaked(name: str, trials: Sequence[Trial]) -> Any:
+    """Trials that are too many for every day."""
+    return pytest.param(trials, id=name, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [
+        pytest.param(QUICK, id="quick", marks=pytest.mark.slow),
+        *(soaked(f"strategies-{start // 8}", MANY[start : start + 8]) for start in range(0, len(MANY), 8)),
+        soaked("more", MORE),
+    ],
+)
+def test_two_ranks_give_what_one_process_gives(bench: Bench, trials: list[Trial]) -> None:
     """Each trial on two ranks is its plain run on one, which takes a step's rows in one pass: 1 x 8, and here 8 x 1."""
     plain = [bench.case(in_one_pass(each), "one", strategy="none") for each in trials]
     several = [bench.case(each, "two", strategy=each.strategy) for each in trials]
     for case in plain:
         run_case(case)
     run_on_ranks(bench.folder, several)
+    assert len(plain) == len(trials)
     for ours, theirs in zip(several, plain, strict=True):
         assert_equal_runs(ours, theirs)
-
-
-@pytest.mark.slow
-def test_two_ranks_give_what_one_process_gives(bench: Bench) -> None:
-    check(bench, QUICK)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("trials", [MANY[:8], MANY[8:16], MANY[16:24], MANY[24:], MORE], ids=range(5))
-def test_two_ranks_give_what_one_process_gives_in_every_strategy(bench: Bench, trials: list[Trial]) -> None:
-    check(bench, trials)
 
 
 @pytest.mark.slow

@@ -115,6 +115,7 @@ def test_ranks_do_not_outlive_their_launch(config: Path, tmp_path: Path) -> None
     since = time.monotonic()
     process.kill()
     ended(process, everyone, since)
+    assert not any(each.is_running() for each in everyone)
 
 
 @pytest.mark.soak

@@ -101,8 +101,10 @@ def test_a_rank_asks_all_to_stop(watch: Watch) -> None:
     member = Member(watch.address, TOKEN, 0)
     member.ask_to_stop()
     poll_until(watch, lambda: watch.stop_asked)
+    assert watch.peers[0].verdict is None
     member.finish({"status": 75})
-    poll_until(watch, lambda: watch.peers[0].verdict == {"status": 75})
+    poll_until(watch, lambda: watch.peers[0].verdict is not None)
+    assert watch.peers[0].verdict == {"status": 75}
 
 
 @pytest.mark.parametrize("message", [b'{"token": "guess", "rank": 0, "pid": 1}\n', b"GET / HTTP/1.1\n", b"[1]\n"])
