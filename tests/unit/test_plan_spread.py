@@ -96,6 +96,9 @@ def test_a_supervised_step_by_hand() -> None:
     # 212 float32 gradients: a reduce-scatter and a gather of half of them
     assert found.sent_bytes == pytest.approx(2 * 4 * 212 / 2)
     assert found.phases["communication"] == pytest.approx(4 * 212)
+    zero2 = supervised_seconds(section, "sft", work, replace(machine, spread=replace(machine.spread, strategy="zero2")))
+    # the same, and what each rank stepped goes to the other
+    assert zero2.sent_bytes == pytest.approx(3 * 4 * 212 / 2)
     zero3 = supervised_seconds(section, "sft", work, replace(machine, spread=replace(machine.spread, strategy="zero3")))
     # 4 rows of a rank in 2 passes: the weights are gathered forward and backward in each
     assert zero3.sent_bytes == pytest.approx(4 * 212 + 2 * 2 * 4 * 212 / 2)
