@@ -120,7 +120,7 @@ def test_ahead_of_time_the_samples_are_one_update_old(undisturbed: dict[str, Pat
     assert min(abs(each - 1) for each in column(out, "importance/max")[1:]) > 1e-3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.soak)])
 def test_a_lost_server_leaves_the_state_kept(
     config: Path, undisturbed: dict[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
