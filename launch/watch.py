@@ -166,11 +166,9 @@ class Watch:
 
     def _take(self, state: _Line, text: bytes) -> bool:
         """Notes one message; False where a stranger sent it."""
-        if state.peer is None and self.token.encode() not in text:
-            return False
-        message: dict[str, Any] = json.loads(text)
+        message = _message(text)
         if state.peer is None:
-            if not secrets.compare_digest(message["token"], self.token):
+            if not secrets.compare_digest(str(message.get("token")).encode(), self.token.encode()):
                 return False
             state.peer = Peer(message["rank"], message["pid"], time.monotonic())
             self.peers[state.peer.rank] = state.peer
@@ -182,3 +180,12 @@ class Watch:
         if "say" in message:
             self.say(message["say"])
         return True
+
+
+def _message(text: bytes) -> dict[str, Any]:
+    """The JSON object of a line; an empty one where it is none."""
+    try:
+        message: Any = json.loads(text)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}

@@ -93,7 +93,7 @@ class FunctionScorer:
 
         Raises UserError where it is not one finite number a response.
         """
-        return ranks.on_main(lambda: self._score(answered))
+        return ranks.alone(lambda: self._score(answered))
 
     def _score(self, answered: Answered) -> list[float]:
         returned: Any = self.function(list(answered.prompts), list(answered.responses), list(answered.rows))

@@ -190,24 +190,33 @@ def test_the_toy_judge_answers_only_those_who_have_its_token() -> None:
             asyncio.run(call(server.base_url, "another"))
 
 
-def test_told_to_wait_a_question_waits_and_after_the_second_time_everybody_does(tmp_path: Path) -> None:
-    """Every call is turned away with Retry-After 0.4 until 0.6 s have passed."""
-    began = time.monotonic()
+def calls_turned_away_at_first(folder: Path, questions: int, refusals: int) -> list[float]:
+    """When calls came, of which the first `refusals` were told to come back in 0.4 s; four may be open at a time."""
     with JudgeServer(script=lambda data: "A", fault_rate=1.0, faults=["429"], retry_after="0.4") as server:
         judge = JudgeConfig(base_url=server.base_url, model="m", max_concurrency=4)
 
         async def ask_all() -> list[Any]:
-            with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            with Ledger(folder / "ledger.sqlite") as ledger:
                 async with open_asker(judge, judge.source, ledger) as asker:
-                    tasks = [asyncio.create_task(asker.answer(question(prompt=str(place)))) for place in range(8)]
-                    await asyncio.sleep(0.6)
+                    asked = [question(prompt=str(place)) for place in range(questions)]
+                    tasks = [asyncio.create_task(asker.answer(each)) for each in asked]
+                    while len(server.calls) < refusals:
+                        await asyncio.sleep(0.005)
                     server.fault_rate = 0.0
                     return await asyncio.gather(*tasks)
 
         verdicts = asyncio.run(ask_all())
-        assert {verdict.value for verdict in verdicts} == {"A"}
-        times = sorted(call.at - began for call in server.calls)
-        first = [at for at in times if at < times[0] + 0.3]
-        assert len(first) <= 4  # those that were open at once; nobody else is let in
-        assert all(at > first[-1] + 0.3 for at in times[len(first) :])
-        assert len(times) <= 24
+        assert [verdict.value for verdict in verdicts] == ["A"] * questions
+        return sorted(call.at for call in server.calls)
+
+
+def test_a_question_that_is_told_to_wait_waits(tmp_path: Path) -> None:
+    first, second = calls_turned_away_at_first(tmp_path, questions=1, refusals=1)
+    assert second - first >= 0.4
+
+
+def test_after_the_second_refusal_everybody_waits(tmp_path: Path) -> None:
+    """Four are open at once, and a fifth may take the place of the first that is refused, but then nobody is let in."""
+    times = calls_turned_away_at_first(tmp_path, questions=8, refusals=6)
+    assert min(times[5:]) >= times[1] + 0.4  # the second refusal came no earlier than the second call
+    assert len(times) <= 24

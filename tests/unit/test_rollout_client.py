@@ -117,3 +117,14 @@ def test_weights_are_those_that_were_loaded_last():
 def test_requests_are_dealt_out_evenly():
     assert spread(range(5), 2) == [[0, 2, 4], [1, 3]]
     assert spread([3], 2) == [[3], []]
+
+
+def test_after_hanging_up_nothing_is_asked_any_more():
+    asked: list[str] = []
+    with serving(lambda path, _: (200, asked.append(path) or {})) as address:
+        client = Client(address, token=None, timeout_s=5)
+        client.get("/first")
+        client.hang_up()
+        with pytest.raises(ServerError, match="nobody waits"):
+            client.get("/second")
+    assert asked == ["/first"]

@@ -17,20 +17,20 @@ class MainEngine:
     def start(cls, start: Callable[[], RolloutEngine]) -> RolloutEngine:
         """What `start` gives, started by rank 0 alone; by itself where there is no other rank."""
         started: list[RolloutEngine] = []
-        ranks.on_main(lambda: started.append(start()), EngineError)
+        ranks.alone(lambda: started.append(start()), EngineError)
         if not ranks.current().are_many:
             return started[0]
         return cls(started[0] if started else None)
 
     def sync(self, version: int) -> None:
         """Hands over the policy as it is now."""
-        ranks.on_main(lambda: self._engine.sync(version), EngineError)
+        ranks.alone(lambda: self._engine.sync(version), EngineError)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Completion]]:
         """For each prompt one completion a seed."""
-        return ranks.on_main(lambda: self._engine.generate(prompts, sampling, seeds), EngineError)
+        return ranks.alone(lambda: self._engine.generate(prompts, sampling, seeds), EngineError)
 
     def close(self) -> None:
         """Releases what rank 0 holds; the others need not take part."""
