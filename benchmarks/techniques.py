@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear
 from benchmarks.common import MODELS, Worker, add_common_options, machine, run_plain, spread, table
 from benchmarks.workload import read_prompts, read_tokenizer
 from pipeline.config import validate
-from stages.core import attention, bank, blocks, lora, passes, products, trunk
+from stages.core import attention, bank, blocks, decoding, lora, passes, products
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.logprobs import token_logprobs_and_entropy
 from stages.core.rollout import native
@@ -126,9 +126,9 @@ def transformers_blocks() -> Iterator[None]:
 
 
 @contextmanager
-def unpacked() -> Iterator[None]:
-    """Decoding on the weights as they lie, adapters beside them."""
-    with patch.object(trunk, "packed_weights", lambda model: nullcontext(model.get_output_embeddings())):
+def by_the_model() -> Iterator[None]:
+    """Decoding by transformers' forward pass, on the weights as they lie, adapters beside them."""
+    with patch.object(decoding, "_packed_blocks", lambda model: None):
         yield
 
 
@@ -193,8 +193,18 @@ def training_comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[s
 def rollout_comparisons(fp32: Bench, low: Bench) -> list[tuple[str, str, Work, Work]]:
     """The same of rollouts."""
     return [
-        ("weights packed for decoding, float32", "rollout", without(fp32.rollout, unpacked), fp32.rollout),
-        ("weights packed for decoding, bfloat16", "rollout", without(low.rollout, unpacked), low.rollout),
+        (
+            "decoding steps of our own, float32",
+            "rollout",
+            without(fp32.rollout, by_the_model),
+            fp32.rollout,
+        ),
+        (
+            "decoding steps of our own, bfloat16",
+            "rollout",
+            without(low.rollout, by_the_model),
+            low.rollout,
+        ),
         (
             "ended responses leave the batch",
             "rollout",

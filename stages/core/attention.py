@@ -68,11 +68,6 @@ def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | N
     return Layout(tuple(buckets), fills=cache)
 
 
-def decode_layout(cache: KvCache) -> Layout:
-    """The layout of one decoding step: token b continues sequence b of the cache."""
-    return Layout(step=DecodeStep(cache))
-
-
 class Pad(torch.autograd.Function):
     """Packed rows NHE as one tensor a bucket, documents x longest x HE, zeros after each end; keeps no row."""
 
@@ -153,24 +148,6 @@ def _attend_documents(
     return Unpad.apply(layout.buckets, len(packed[0]), *outputs)
 
 
-def _attend_cache(
-    step: DecodeStep, new: tuple[Tensor, Tensor, Tensor], *, layer: int, scale: float | None, window: int | None
-) -> Tensor:
-    """Attention of each sequence's newest token over its cache; returns BHE."""
-    query_BHE, key_BGE, value_BGE = new
-    keys_BGUE, values_BGUE = step.extend(layer, key_BGE, value_BGE)
-    batch, groups, size = key_BGE.shape
-    # The heads that share a key/value head are laid out as queries: no repeated keys.
-    out = scaled_dot_product_attention(
-        query_BHE.view(batch, groups, -1, size),
-        keys_BGUE,
-        values_BGUE,
-        attn_mask=step.bias(window, query_BHE.dtype),
-        scale=scale,
-    )
-    return out.reshape(batch, -1, size)
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -198,7 +175,7 @@ def packed_attention(
     packed = tuple(each[0].transpose(0, 1).to(torch.float32 if upcast else each.dtype) for each in (query, key, value))
     scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)
     if layout.step is not None:
-        out = _attend_cache(layout.step, packed, layer=layer, scale=scale, window=window)
+        out = layout.step.attend(layer, packed, scale=scale, window=window)
     else:
         dropout = float(options.get("dropout") or 0.0)
         out = _attend_documents(layout, packed, layer=layer, scale=scale, dropout=dropout, window=window)

@@ -3,7 +3,7 @@
 A block of transformers runs some sixty small operations, and autograd keeps what each of them returns. Here the norm
 with the projections after it, and the whole feed-forward part, are one function each whose gradient is written out:
 about half the memory, fewer passes over it, one product for what adapters of the same input share. Attention stays the
-packed one. In decoding a block runs on packed weights.
+packed one.
 
 Legend: N packed tokens, D hidden size, H heads (queries and keys each have their number), E head size, F feed-forward
 size, M tokens that are read.
@@ -25,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from stages.core.attention import Layout, packed_attention
 from stages.core.lora import part_of
-from stages.core.products import TENSORS, PackedLinears, Part, parts_from, project, project_back
+from stages.core.products import TENSORS, Part, parts_from, project, project_back
 
 FAMILY = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
@@ -159,20 +159,10 @@ class FeedForward(torch.autograd.Function):
         return None, grad_x.add_(grad_ND), grad_norm, *grad_parts, *grad_down
 
 
-class PackedBlock(NamedTuple):
-    """A block's linear layers, for decoding."""
-
-    inputs: PackedLinears  # query, key and value
-    output: PackedLinears
-    wide: PackedLinears  # gate and up
-    down: PackedLinears
-
-
 class FastBlock(nn.Module):
     """The forward pass of a block of `FAMILY`, mixed into its class."""
 
     reads_M: Tensor | None = None  # the tokens whose output anybody reads, where a caller named them
-    packed: PackedBlock | None = None  # while a caller decodes
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """What `forward` gives; a block computed anew in the backward pass reads the tokens that it read before."""
@@ -192,11 +182,17 @@ class FastBlock(nn.Module):
         if reads_M is not None:
             x_ND, mixed_ND = x_ND.index_select(0, reads_M), mixed_ND.index_select(0, reads_M)
         if inputs is not None:
-            mixed_ND = self.self_attn.o_proj(mixed_ND) if self.packed is None else self.packed.output(mixed_ND)
+            mixed_ND = self.self_attn.o_proj(mixed_ND)
         out_ND = self._feed_forward(x_ND + mixed_ND)
         if reads_M is not None:
             out_ND = out_ND.new_zeros(hidden_states.shape[1:]).index_copy(0, reads_M, out_ND)
         return out_ND[None]
+
+    @property
+    def window(self) -> int | None:
+        """Of sliding-window attention. Mistral has it in the config, Qwen a layer's own."""
+        attention = self.self_attn
+        return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
     def _attend(self, inputs: tuple[Tensor, Tensor, Tensor], layout: Layout) -> Tensor:
         attention = self.self_attn
@@ -205,8 +201,7 @@ class FastBlock(nn.Module):
             *(each_NHE.transpose(0, 1)[None] for each_NHE in inputs),
             None,
             scaling=attention.scaling,
-            # Mistral's attention has its window in the config, Qwen's is a layer's own.
-            sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+            sliding_window=self.window,
             dropout=attention.attention_dropout if attention.training else 0.0,
             layout=layout,
         )
@@ -215,8 +210,6 @@ class FastBlock(nn.Module):
     def _attention_inputs(self, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Query, key and value NHE."""
         attention, norm = self.self_attn, self.input_layernorm
-        if self.packed is not None:
-            return self._packed_inputs(self.packed, x_ND, cos_NE, sin_NE)
         parts = parts_of(attention.q_proj, attention.k_proj, attention.v_proj)
         if parts is None or parts[0].weight_OI.dtype != x_ND.dtype:
             return None
@@ -226,43 +219,12 @@ class FastBlock(nn.Module):
             query, key = attention.q_norm(query), attention.k_norm(key)
         return Rotary.apply(query, cos_NE, sin_NE), Rotary.apply(key, cos_NE, sin_NE), value
 
-    def _packed_inputs(
-        self, packed: PackedBlock, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same in decoding, where most of the time goes into starting operations: queries and keys at once."""
-        attention, norm = self.self_attn, self.input_layernorm
-        size = attention.head_dim
-        counts = [each.out_features // size for each in (attention.q_proj, attention.k_proj)]
-        normed_ND, _ = rms_norm(x_ND, norm.weight, norm.variance_epsilon)
-        heads_NHE = _attended(packed.inputs(normed_ND).unflatten(1, (-1, size)))
-        both_NHE, value_NHE = heads_NHE[:, : sum(counts)], heads_NHE[:, sum(counts) :]
-        if hasattr(attention, "q_norm"):
-            query_NHE, key_NHE = both_NHE.split(counts, 1)
-            both_NHE = torch.cat([attention.q_norm(query_NHE), attention.k_norm(key_NHE)], 1)
-        query_NHE, key_NHE = _rotate(both_NHE, cos_NE, sin_NE).split(counts, 1)
-        return query_NHE, key_NHE, value_NHE
-
     def _feed_forward(self, x_ND: Tensor) -> Tensor:
         norm, mlp = self.post_attention_layernorm, self.mlp
-        if self.packed is not None:
-            gate_NF, up_NF = self.packed.wide(rms_norm(x_ND, norm.weight, norm.variance_epsilon)[0]).chunk(2, 1)
-            return self.packed.down(silu(gate_NF).mul_(up_NF)).add_(x_ND)
         parts = parts_of(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         if parts is None or parts[0].weight_OI.dtype != x_ND.dtype:
             return x_ND + mlp(norm(x_ND))
         return FeedForward.apply(_spec(norm, parts), x_ND, norm.weight, *_tensors(parts))
-
-    def pack(self) -> PackedBlock | None:
-        """The block's weights as they stand now, for decoding; None where some layer runs as transformers has it."""
-        attention, mlp = self.self_attn, self.mlp
-        groups = [
-            parts_of(attention.q_proj, attention.k_proj, attention.v_proj),
-            parts_of(attention.o_proj),
-            parts_of(mlp.gate_proj, mlp.up_proj),
-            parts_of(mlp.down_proj),
-        ]
-        packed = [PackedLinears(group) for group in groups if group is not None]
-        return PackedBlock(*packed) if len(packed) == len(groups) else None
 
 
 def _attended(heads_NHE: Tensor) -> Tensor:

@@ -1,37 +1,174 @@
-"""Weights laid out for decoding: a step takes a few tokens through every layer, some hundred times over."""
+"""Decoding: one token for each unfinished sequence at a time, some hundred times over.
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+A step takes so few tokens through every layer that much of its time goes into starting operations. So the Llama family
+on a CPU has a step of its own, with a third of transformers' operations, on copies of the weights that are laid out for
+small products. Any other model and device steps by transformers' forward pass.
 
+Legend: B sequences, D hidden size, H heads (queries and keys side by side), E head size, F feed-forward size,
+V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from stages.core.blocks import FastBlock
-from stages.core.lora import FastLinear, part_of
-from stages.core.products import PackedLinears
+from stages.core.attention import Layout
+from stages.core.blocks import FastBlock, parts_of
+from stages.core.kv_cache import DecodeStep, KvCache
+from stages.core.lora import part_of
+from stages.core.models import backbone
+from stages.core.products import PackedLinears, Part
+
+FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 
-@contextmanager
-def packed_weights(model: PreTrainedModel) -> Generator[Callable[[Tensor], Tensor]]:
-    """While it is open, passes of the model on a CPU run on copies of its linear weights, as they are now.
+class Decoder(Protocol):
+    """Takes the sequences of a cache on by a token each, by the weights of the time it was made."""
 
-    Gives the head, hidden states BD to logits BV. Other devices have fast small products and no memory to spare.
+    def step(self, tokens_B: Tensor, cache: KvCache) -> Tensor:
+        """Last hidden states BD after one more token for each sequence of a cache, which it joins."""
+        ...
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Logits BV of the token after."""
+        ...
+
+
+def decoder_of(model: PreTrainedModel, *, autocast: bool = False) -> Decoder:
+    """The fastest there is for a model as it stands now, its active adapter included.
+
+    `autocast`: its float32 weights are lowered to bfloat16, where it is transformers that runs them.
     """
+    if model.device.type == "cpu" and (blocks := _packed_blocks(model)) is not None:
+        return PackedDecoder(model, blocks)
+    return ModelDecoder(model, autocast=autocast)
+
+
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     head = model.get_output_embeddings()
-    if model.device.type != "cpu":
-        yield head
-        return
-    blocks = [module for module in model.modules() if isinstance(module, FastBlock)]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    layers = [module for module in model.modules() if isinstance(module, FastLinear) and id(module) not in inside]
-    head_part = part_of(head)
-    try:
-        for block in blocks:
-            block.packed = block.pack()
-        for layer in layers:
-            layer.packed = None if (part := layer.part()) is None else PackedLinears([part])
-        packed_head = None if head_part is None else PackedLinears([head_part])
-        yield packed_head or head
-    finally:
-        for each in [*blocks, *layers]:
-            each.packed = None
+    # Other devices have fast small products and no memory to spare.
+    part = part_of(head) if model.device.type == "cpu" else None
+    return head if part is None else PackedLinears([part])
+
+
+class ModelDecoder:
+    """Steps by the model's own forward pass; it follows the weights, its head on a CPU does not."""
+
+    def __init__(self, model: PreTrainedModel, *, autocast: bool) -> None:
+        self.body, self.logits, self.device, self.autocast = backbone(model), _head(model), model.device, autocast
+
+    def step(self, tokens_B: Tensor, cache: KvCache) -> Tensor:
+        """Last hidden states BD after one more token for each sequence of a cache, which it joins."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden_1BD = self.body(
+                input_ids=tokens_B[None],
+                position_ids=cache.lengths_B[None],
+                layout=Layout(step=DecodeStep(cache)),
+                use_cache=False,
+            ).last_hidden_state
+        cache.advance()
+        return hidden_1BD[0].float() if self.autocast else hidden_1BD[0]
+
+
+class PackedDecoder:
+    """Steps of the Llama family on packed weights; later changes of the weights do not reach it."""
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence["PackedBlock"]) -> None:
+        body: Any = backbone(model)
+        self.embed, self.rotary, self.blocks, self.norm = body.embed_tokens, body.rotary_emb, blocks, Norm(body.norm)
+        self.logits = _head(model)
+
+    def step(self, tokens_B: Tensor, cache: KvCache) -> Tensor:
+        """Last hidden states BD after one more token for each sequence of a cache, which it joins."""
+        step = DecodeStep(cache)
+        x_BD = self.embed(tokens_B)
+        angles = _angles(*self.rotary(x_BD, cache.lengths_B[None]))
+        for layer, block in enumerate(self.blocks):
+            x_BD = block(x_BD, angles, step, layer)
+        cache.advance()
+        return self.norm(x_BD)
+
+
+class Norm:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in few operations and float32."""
+
+    def __init__(self, *norms: Any, repeats: Sequence[int] = (1,)) -> None:
+        """One norm; or one for each of several groups of heads that stand side by side, `repeats` heads each."""
+        size = norms[0].weight.shape[0]
+        weights = [each.weight.float().expand(count, -1) for each, count in zip(norms, repeats, strict=True)]
+        self.weight = torch.cat(weights).mul(math.sqrt(size)).squeeze(0)  # D, or HE
+        self.floor = torch.tensor(math.sqrt(norms[0].variance_epsilon * size))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The normed vectors, in x's dtype."""
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).hypot_(self.floor)
+        return (wide / length).mul_(self.weight).to(x.dtype)
+
+
+def _angles(cos_1BE: Tensor, sin_1BE: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines B1E and sines B1E of rotary embedding, the first half of the sines negative."""
+    signs_E = torch.ones(sin_1BE.shape[-1], dtype=sin_1BE.dtype)
+    signs_E[: len(signs_E) // 2] = -1
+    return cos_1BE[0][:, None], (sin_1BE[0] * signs_E)[:, None]
+
+
+class PackedBlock:
+    """One block of the family, its weights copied."""
+
+    def __init__(self, block: Any, groups: Sequence[Sequence[Part]]) -> None:
+        attention = block.self_attn
+        self.size, self.scale, self.window = attention.head_dim, attention.scaling, block.window
+        self.heads = [each.out_features // self.size for each in (attention.q_proj, attention.k_proj)]
+        self.attention_norm, self.feed_forward_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.heads_norm: Norm | None = None
+        if hasattr(attention, "q_norm"):
+            self.heads_norm = Norm(attention.q_norm, attention.k_norm, repeats=self.heads)
+        self.inputs, self.output, self.wide, self.down = map(PackedLinears, groups)
+
+    def __call__(self, x_BD: Tensor, angles: tuple[Tensor, Tensor], step: DecodeStep, layer: int) -> Tensor:
+        """The block's output BD."""
+        # Attention is worked out in float32: the faster one on a CPU.
+        heads_BHE = self.inputs(self.attention_norm(x_BD)).float().view(len(x_BD), -1, self.size)
+        both_BHE, value_BGE = heads_BHE[:, : sum(self.heads)], heads_BHE[:, sum(self.heads) :]
+        if self.heads_norm is not None:
+            both_BHE = self.heads_norm(both_BHE)
+        cos_B1E, sin_B1E = angles
+        rotated_BHE = (both_BHE * cos_B1E).addcmul_(both_BHE.roll(self.size // 2, -1), sin_B1E)
+        query_BHE, key_BGE = rotated_BHE.split(self.heads, 1)
+        mixed_BHE = step.attend(layer, (query_BHE, key_BGE, value_BGE), scale=self.scale, window=self.window)
+        x_BD = self.output(mixed_BHE.flatten(1)).add_(x_BD)
+        gate_BF, up_BF = self.wide(self.feed_forward_norm(x_BD)).chunk(2, 1)
+        return self.down(silu(gate_BF).mul_(up_BF)).add_(x_BD)
+
+
+def _packed_blocks(model: PreTrainedModel) -> list[PackedBlock] | None:
+    """The model's blocks; None where some layer can only be run by the model itself."""
+    body: Any = backbone(model)
+    if type(body) not in FAMILY:
+        return None
+    packed: list[PackedBlock] = []
+    for block in body.layers:
+        if not isinstance(block, FastBlock):
+            return None
+        attention, mlp = block.self_attn, block.mlp
+        groups = [
+            parts_of(attention.q_proj, attention.k_proj, attention.v_proj),
+            parts_of(attention.o_proj),
+            parts_of(mlp.gate_proj, mlp.up_proj),
+            parts_of(mlp.down_proj),
+        ]
+        whole = [group for group in groups if group is not None]
+        if len(whole) < len(groups):
+            return None
+        packed.append(PackedBlock(block, whole))
+    return packed

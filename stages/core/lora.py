@@ -15,18 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from stages.core.products import PackedLinears, Part, parts_from, project, project_back
+from stages.core.products import Part, parts_from, project, project_back
 
 
 class FastLinear(Linear):
     """peft's LoRA layer on a frozen nn.Linear, with at most one adapter active and no dropout."""
 
-    packed: PackedLinears | None = None  # a copy of the weight with the adapter, while a caller decodes
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus scaling * B A x under the active adapter; what only peft can do is left to peft."""
-        if self.packed is not None:
-            return self.packed(x)
         part = None if args or kwargs else part_of(self)
         if part is None:
             return super().forward(x, *args, **kwargs)

@@ -4,8 +4,8 @@ Legend: B sequences, N packed tokens, M response tokens, D hidden size, V vocabu
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,9 +17,7 @@ from transformers import PreTrainedModel
 
 from data.errors import UserError
 from stages.core import lora
-from stages.core.attention import decode_layout
-from stages.core.decoding import packed_weights
-from stages.core.kv_cache import KvCache
+from stages.core.decoding import Decoder, decoder_of
 from stages.core.models import backbone
 from stages.core.passes import check_head, packed_hidden, packed_hidden_at, tokens_multiple
 from stages.core.sequences import PackedBatch
@@ -110,13 +108,10 @@ class Trunk:
             parameter.requires_grad_(True)
         self._active = adapter
 
-    def decoding(self, adapter: str | None) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """For decoding under `adapter`: on a CPU a copy of the weights makes its small products cheap while it is open.
-
-        Gives the head, hidden states BD to logits BV.
-        """
+    def decoder(self, adapter: str | None) -> Decoder:
+        """For decoding under `adapter` with the weights as they are now, until anything else is asked of this trunk."""
         self.use(adapter)
-        return packed_weights(self.model)
+        return decoder_of(self.model, autocast=self.autocast)
 
     def hidden(self, packed: PackedBatch, adapter: str | None) -> Tensor:
         """Last hidden states ND of packed sequences under an adapter."""
@@ -131,19 +126,6 @@ class Trunk:
         with self._precision(), self._recomputing():
             hidden_MD = packed_hidden_at(self.backbone, packed, places_M, multiple=self.multiple)
         return hidden_MD.float() if self.autocast else hidden_MD
-
-    def step(self, tokens_B: Tensor, cache: KvCache, adapter: str | None) -> Tensor:
-        """Last hidden states BD after one more token for each sequence of a cache, which it joins."""
-        self.use(adapter)
-        with self._precision():
-            output = self.backbone(
-                input_ids=tokens_B[None],
-                position_ids=cache.lengths_B[None],
-                layout=decode_layout(cache),
-                use_cache=False,
-            )
-        cache.lengths_B = cache.lengths_B + 1
-        return output.last_hidden_state[0].float() if self.autocast else output.last_hidden_state[0]
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from data.errors import UserError
 from stages.core import attention
-from stages.core.attention import decode_layout, pack_layout
-from stages.core.kv_cache import KvCache
+from stages.core.attention import Layout, pack_layout
+from stages.core.kv_cache import DecodeStep, KvCache
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
@@ -118,8 +118,10 @@ def test_decoding_over_the_cache_equals_the_whole_sequence(plain: PreTrainedMode
     whole = [backbone(plain)(input_ids=torch.tensor([each])).last_hidden_state[0] for each in sequences]
     for step in range(5):
         new = torch.tensor([[each[cut + step] for each, cut in zip(sequences, prompts, strict=True)]])
-        output = body(input_ids=new, position_ids=cache.lengths_B[None], layout=decode_layout(cache), use_cache=False)
-        cache.lengths_B = cache.lengths_B + 1
+        output = body(
+            input_ids=new, position_ids=cache.lengths_B[None], layout=Layout(step=DecodeStep(cache)), use_cache=False
+        )
+        cache.advance()
         expected = torch.stack([hidden[cut + step] for hidden, cut in zip(whole, prompts, strict=True)])
         torch.testing.assert_close(output.last_hidden_state[0], expected, rtol=1e-4, atol=1e-5)
 
@@ -134,7 +136,7 @@ def test_selected_cache_rows_continue_as_their_own_sequence() -> None:
     cache.select(torch.tensor([1, 0, 1]))
     new = torch.tensor([[50, 60, 70]])
     output = backbone(model)(
-        input_ids=new, position_ids=cache.lengths_B[None], layout=decode_layout(cache), use_cache=False
+        input_ids=new, position_ids=cache.lengths_B[None], layout=Layout(step=DecodeStep(cache)), use_cache=False
     )
     expected = [
         backbone(model)(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.core import attention
+from stages.core import attention, blocks
 from stages.core.config import Tuning
 from stages.core.kv_cache import KvCache
 from stages.core.logprobs import token_logprobs
@@ -29,6 +29,7 @@ def sharp_trunk(vocabulary: int = 40) -> Trunk:
     with torch.no_grad():
         model.lm_head.weight.mul_(25)
     model.set_attn_implementation(attention.NAME)
+    blocks.speed_up(model)
     return Trunk(model, CPU)
 
 

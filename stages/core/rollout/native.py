@@ -6,7 +6,7 @@ response: finished ones leave the cache.
 Legend: L prompts, B unfinished responses, V vocabulary, R most new tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stages.core import ranks
 from stages.core.attention import pack_layout
 from stages.core.bank import read_values
+from stages.core.decoding import Decoder
 from stages.core.kv_cache import KvCache
 from stages.core.rollout.protocol import Completion, Sampling
 from stages.core.sequences import PackedBatch, split_by_budget
@@ -24,8 +25,6 @@ from stages.core.trunk import Trunk
 COMPACT_SHARE = 0.125
 # Few different batch sizes: on a CPU each new one is compiled for bfloat16.
 ROWS_MULTIPLE = 8
-
-Head = Callable[[Tensor], Tensor]
 
 
 class NativeEngine:
@@ -59,17 +58,17 @@ class NativeEngine:
         prompts, seeds = ranks.share(prompts), ranks.share(seeds)
         completions: list[list[Completion]] = []
         if prompts:
-            with self.trunk.decoding(self.adapter) as head:
-                for group in split_by_budget([len(each) for each in seeds], self.batch_size):
-                    asked = [prompts[i] for i in group], [seeds[i] for i in group]
-                    completions += self._generate_group(*asked, sampling, head)
+            decoder = self.trunk.decoder(self.adapter)
+            for group in split_by_budget([len(each) for each in seeds], self.batch_size):
+                asked = [prompts[i] for i in group], [seeds[i] for i in group]
+                completions += self._generate_group(*asked, sampling, decoder)
         return ranks.gather_lists(completions)
 
     def close(self) -> None:
         """Nothing to release: the policy belongs to the trainer."""
 
     def _generate_group(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling, head: Head
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling, decoder: Decoder
     ) -> list[list[Completion]]:
         device = self.trunk.device
         cache = KvCache(capacity=max(map(len, prompts)) + sampling.max_new_tokens)
@@ -81,14 +80,14 @@ class NativeEngine:
         cache.select(owner_B)
         flat_seeds = [seed for own in seeds for seed in own]
         uniforms_BR = _uniforms(flat_seeds, sampling.max_new_tokens).to(device)
-        decoded = self._decode(cache, hidden_LD[owner_B], uniforms_BR, sampling, head)
+        decoded = self._decode(cache, hidden_LD[owner_B], uniforms_BR, sampling, decoder)
         completions: list[list[Completion]] = [[] for _ in prompts]
         for owner, completion in zip(owners, decoded.completions(self.version), strict=True):
             completions[owner].append(completion)
         return completions
 
     def _decode(
-        self, cache: KvCache, hidden_BD: Tensor, uniforms_BR: Tensor, sampling: Sampling, head: Head
+        self, cache: KvCache, hidden_BD: Tensor, uniforms_BR: Tensor, sampling: Sampling, decoder: Decoder
     ) -> "Decoded":
         """Samples every sequence of the cache to its end; `hidden_BD` is of each prompt's last token."""
         decoded = Decoded.empty(uniforms_BR, with_values=self.value_head is not None)
@@ -96,7 +95,7 @@ class NativeEngine:
         steps = uniforms_BR.shape[1]
         rows_B = torch.arange(len(uniforms_BR), device=uniforms_BR.device)  # the response of each live row of the cache
         for step in range(steps):
-            logits_BV = head(hidden_BD).float()
+            logits_BV = decoder.logits(hidden_BD).float()
             if sampling.temperature != 1:
                 logits_BV = logits_BV / sampling.temperature
             token_B, logprob_B = sample_tokens(logits_BV, uniforms_BR[rows_B, step])
@@ -108,7 +107,7 @@ class NativeEngine:
             if len(keep) <= (1 - COMPACT_SHARE) * len(rows_B):
                 cache.select(keep)
                 rows_B, token_B = rows_B[keep], token_B[keep]
-            hidden_BD = self.trunk.step(token_B, cache, self.adapter)
+            hidden_BD = decoder.step(token_B, cache)
         return decoded
 
 
