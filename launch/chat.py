@@ -22,6 +22,8 @@ from stages.core.rollout.native import NativeEngine
 from stages.core.rollout.protocol import RolloutEngine, Sampling, rollout_seed
 from stages.core.rollout.start import start_engine
 
+MOST_TOKENS = 256  # of an answer where nobody says
+
 
 @dataclass(frozen=True)
 class ChatOptions:
@@ -30,7 +32,7 @@ class ChatOptions:
     policy: str
     engine: Literal["auto", "native", "vllm"] = "auto"
     temperature: float = 1.0
-    max_tokens: int = 256  # of one answer
+    max_tokens: int | None = None  # of one answer; None: see longest_answer
     seed: int = 0
     plain: bool = False
 
@@ -73,12 +75,8 @@ def chat(options: ChatOptions) -> Answer:
     """Talks until the input ends. Raises UserError, EngineError."""
     found = find_policy(options.policy)
     shared = found.shared
-    room = shared.max_length - options.max_tokens
-    if room < 1:
-        raise UserError(
-            f"--max-tokens {options.max_tokens}: leaves no room for a question in max_length={shared.max_length}; "
-            "give fewer"
-        )
+    longest = longest_answer(options.max_tokens, shared.max_length)
+    room = shared.max_length - longest
     encoder = open_encoder(found.source, shared)
     view = load_view(found.source, "policy", BankBuilder(shared))
     config = EngineConfig(engine=options.engine)
@@ -95,9 +93,18 @@ def chat(options: ChatOptions) -> Answer:
         with contextlib.closing(engine):
             engine.sync(0)
             ends = end_tokens(encoder, view.trunk.model)
-            sampling = Sampling(options.max_tokens, options.temperature, ends)
+            sampling = Sampling(longest, options.temperature, ends)
             turns = _talk(engine, sampling, Conversation(encoder, room, options.plain), options.seed)
     return Answer({"status": "done", "turns": turns}, lambda: None)
+
+
+def longest_answer(asked: int | None, max_length: int) -> int:
+    """Most tokens of an answer, so that some of `max_length` are left for the question. Raises UserError."""
+    if asked is None:
+        return min(MOST_TOKENS, max_length // 2)
+    if asked >= max_length:
+        raise UserError(f"--max-tokens {asked}: leaves no room for a question in max_length={max_length}; give fewer")
+    return asked
 
 
 def _talk(engine: RolloutEngine, sampling: Sampling, conversation: Conversation, seed: int) -> int:

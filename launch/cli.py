@@ -173,7 +173,10 @@ def chat(
     policy: StageDir,
     engine: Annotated[Literal["auto", "native", "vllm"], typer.Option("--engine", help="Who samples.")] = "auto",
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of sampling.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Most tokens of an answer. Default: half of max_length, 256 at most."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed and words, the same answers.")] = 0,
     plain: Annotated[
         bool,

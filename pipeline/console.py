@@ -97,8 +97,9 @@ class StageView:
         if step <= self._first + 1 or step == self._total or now - self._shown >= _PLAIN_SECONDS:
             self._shown = now
             place = f"{step}/{self._total}" if self._total else str(step)
-            ending = f" · {left} left" if left and step < self._total else ""
-            self._console.print(f"{self._stage}: {self._unit} {place} · {figures_text(self._kept)}{ending}")
+            ending = f"{left} left" if left and step < self._total else ""
+            told = filter(None, (f"{self._unit} {place}", figures_text(self._kept), ending))
+            self._console.print(f"{self._stage}: {' · '.join(told)}")
 
     def say(self, message: str) -> None:
         """One line above the bar."""

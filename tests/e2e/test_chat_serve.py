@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
+from launch.chat import longest_answer
 from launch.policy import find_policy
 from launch.serve import ServeOptions, arguments
 from stages.core.rollout.server import PYTHON_VARIABLE, Vllm
@@ -88,6 +89,14 @@ def test_a_conversation_that_cannot_be_held_is_one_line(
     assert talk.returncode == 2
     assert talk.stderr.count("error: ") == 1
     assert words in talk.stderr
+
+
+@pytest.mark.parametrize(("asked", "longest"), [(None, 64), (8, 8), (127, 127)])
+def test_an_answer_leaves_room_for_the_question(asked: int | None, longest: int) -> None:
+    assert longest_answer(asked, 128) == longest
+    assert longest_answer(None, 4096) == 256
+    with pytest.raises(UserError, match="leaves no room for a question in max_length=128"):
+        longest_answer(128, 128)
 
 
 def test_an_unfinished_stage_is_no_policy(tmp_path: Path) -> None:

@@ -238,6 +238,14 @@ def test_plain_lines_show_first_and_last_only_when_steps_are_fast():
     assert len(lines) == 3
 
 
+def test_a_line_without_figures_ends_with_its_step():
+    console = plain_console()
+    with StageView("eval", console) as view:
+        view.start(1, "evaluation", 0)
+        view.step(1, {"gold/mean": 0.5})
+    assert console.export_text().splitlines()[-1] == "eval: evaluation 1/1"
+
+
 def test_one_step_is_no_plural_and_a_resumed_stage_says_what_was_done():
     console = plain_console()
     with StageView("eval", console) as view:
