@@ -146,7 +146,7 @@ def test_a_rank_out_of_memory_is_named_with_its_last_lines(config: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_hosts_train_together(config: Path, tmp_path: Path, hosts: TwoHosts) -> None:
-    """The whole chain on two network namespaces, by ssh and pdsh; then a rank on the other host is killed."""
+    """The whole chain on two network namespaces, by ssh and pdsh."""
     common = ("--out", tmp_path / "out", "--hostfile", hosts.hostfile(tmp_path), "--json")
     process = launch("run", config, *common, inside=hosts.inside, **hosts.environment)
     stdout, stderr = process.communicate(timeout=240)
@@ -157,6 +157,20 @@ def test_two_hosts_train_together(config: Path, tmp_path: Path, hosts: TwoHosts)
     for stage in ("sft", "rm", "ppo", "eval"):
         assert (tmp_path / "out" / stage / "artifact.json").is_file()
     assert steps_of(tmp_path / "out" / "sft") == [1, 2, 3, 4]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_the_quickstart_itself_runs_on_two_hosts(tmp_path: Path, hosts: TwoHosts) -> None:
+    out = tmp_path / "out"
+    common = ("--out", out, "--hostfile", hosts.hostfile(tmp_path), "--json")
+    process = launch("run", "quickstart", *common, inside=hosts.inside, **hosts.environment)
+    stdout, stderr = process.communicate(timeout=3500)
+    assert process.returncode == 0, stderr
+    gain = json.loads(stdout)["report"]["figures"]["differences"]["ppo - sft"]["gold"]
+    assert gain["mean"] >= 0.2
+    (logs,) = (out / "logs").iterdir()
+    assert all((logs / f"rank-{rank}.log").is_file() for rank in range(2))
 
 
 @pytest.mark.soak
