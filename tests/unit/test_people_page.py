@@ -147,6 +147,10 @@ def test_without_a_token_there_is_nothing_but_the_empty_page(served):
         assert served.ask("GET", path)[0] == 404
 
 
+def test_whoever_starts_it_is_told_who_ends_it(served):
+    assert served.said[-1].startswith("ada ends the labelling, in the overview (key o); Ctrl-C")
+
+
 def test_requests_that_the_page_does_not_make_are_refused(served):
     key = served.ask("GET", "/api/task")[2]["task"]["key"]
     for body in ({}, {"key": key, "choice": "C"}, {"key": key, "choice": "A", "more": 1}, [1], "x", {"key": 1}):

@@ -85,4 +85,5 @@ def _say_links(config: PeopleConfig, links: dict[str, str], say: Callable[[str],
         say(f"{name}: {link}")
     if not is_loopback(config.host):
         say("the page is plain HTTP: on a network that others can read, put it behind TLS or an SSH tunnel")
-    say("Ctrl-C stops; the same command goes on where it stopped")
+    lead = next(iter(links))
+    say(f"{lead} ends the labelling, in the overview (key o); Ctrl-C stops it, and the same command goes on")
