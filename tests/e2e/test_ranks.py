@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.ranks import Case, run_case, run_on_ranks
 from tests.supervised import demonstrations, preferences, write_rows
 from tests.tiny import tiny_model_folder
+from tests.vllm import PYTHON, needs_vllm, tiny_base
 
 TOLERANCE = 1e-5
 # Of a clock or of a process's memory; and what magnifies rounding: the exponential of a loss, and a correlation over
@@ -38,6 +39,7 @@ PPO = {
     "eval_every": 2,
     "eval_prompts": 4,
 }
+_NAMELESS = ("ptx", "rollout")  # settings that no two trials differ in
 REWARD = "def score(prompts, responses, rows):\n    return [len(each) % 5 - 2.0 for each in responses]\n"
 
 
@@ -55,7 +57,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Of its folder."""
-        changes = [f"{key}-{value}" for key, value in {**self.shared, **self.section}.items() if key != "ptx"]
+        changes = [f"{key}-{value}" for key, value in {**self.shared, **self.section}.items() if key not in _NAMELESS]
         return "-".join([self.stage, str(self.tuning["method"]), self.strategy, self.offload, *changes])
 
 
@@ -194,6 +196,25 @@ def test_two_ranks_give_what_one_process_gives(bench: Bench, trials: list[Trial]
     assert len(plain) == len(trials)
     for ours, theirs in zip(several, plain, strict=True):
         assert_equal_runs(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "strategy"),
+    [
+        pytest.param(LORA, "zero2", marks=[*needs_vllm, pytest.mark.soak]),
+        pytest.param(FULL, "zero3", marks=[*needs_vllm, pytest.mark.soak]),
+    ],
+)
+@pytest.mark.timeout(900)
+def test_rollouts_by_vllm_on_two_ranks_train_as_on_one(bench: Bench, tuning: Mapping[str, Any], strategy: str) -> None:
+    """Rank 0 has the server and hands it the whole policy; the others train on what it sampled."""
+    heads_of_32 = replace(bench, base=tiny_base(bench.folder / "heads-of-32"))
+    one = trial("ppo", tuning, strategy, rollout={"engine": "vllm", "vllm_python": PYTHON})
+    plain = heads_of_32.case(in_one_pass(one), "vllm-one", strategy="none")
+    several = heads_of_32.case(one, "vllm-two", strategy=strategy)
+    run_case(plain)
+    run_on_ranks(bench.folder, [several])
+    assert_equal_runs(several, plain)
 
 
 @pytest.mark.slow
