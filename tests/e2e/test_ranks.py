@@ -39,7 +39,7 @@ PPO = {
     "eval_every": 2,
     "eval_prompts": 4,
 }
-_NAMELESS = ("ptx", "rollout")  # settings that no two trials differ in
+_NAMELESS = ("ptx", "rollout")  # settings that a trial's name does without
 REWARD = "def score(prompts, responses, rows):\n    return [len(each) % 5 - 2.0 for each in responses]\n"
 
 
