@@ -165,12 +165,6 @@ def _resolve(request: Request) -> tuple["Run", list[str]]:
     folder = (request.out or Path("runs") / loaded.config.name).expanduser().absolute()
     run = Run(loaded.config, loaded.folder, folder)
     names = _stage_names(request, run.stages)
-    many = (request.gpus or 0) > 1 or request.hostfile is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if many and not request.plan_only and run.config.distributed.strategy == "none":
-        raise UserError(
-            "distributed.strategy=none: is for one process; with several choose ddp, zero1, zero2 or zero3 "
-            "(`launch plan CONFIG --gpus N` names the cheapest that fits)"
-        )
     return run, names
 
 

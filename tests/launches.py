@@ -31,7 +31,6 @@ def make_project(folder: Path) -> Path:
         "threads": 1,
         "trackers": [],
         "tuning": {"method": "lora", "rank": 2, "alpha": 4},
-        "distributed": {"strategy": "ddp"},
         "sft": {"data": [_data(folder, "rows")], "max_steps": 4, "batch_size": 4, "microbatch_size": 2},
         "rm": {"data": [_data(folder, "pairs")], "max_steps": 2, "batch_size": 4, "microbatch_size": 2},
         "ppo": {

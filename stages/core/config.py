@@ -35,8 +35,8 @@ class Distributed(Section):
 
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3"] = Field(
         default="none",
-        description="none: one plain process; ddp: each rank holds everything; zero1, 2, 3 (DeepSpeed): ranks share "
-        "optimizer state, gradients too, parameters too (Rajbhandari et al. 2020, 1910.02054)",
+        description="none: nothing is divided, and several ranks are ddp; ddp: each rank holds everything; zero1, 2, 3 "
+        "(DeepSpeed): ranks share optimizer state, gradients too, parameters too (Rajbhandari et al. 2020, 1910.02054)",
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",

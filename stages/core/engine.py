@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from data.errors import UserError
 from stages.core import ranks
 from stages.core.config import Distributed
 
@@ -81,26 +80,12 @@ class Engine(Protocol):
 
 
 def open_engine(training: Training, distributed: Distributed) -> Engine:
-    """The engine of the config's strategy. The models hold the weights to begin with.
-
-    Raises UserError where there are several ranks and no strategy.
-    """
-    check_strategy(distributed)
+    """The engine of the config's strategy. The models hold the weights to begin with."""
     if not distributed.is_zero:
         return PlainEngine(training)
     from stages.core.zero import ZeroEngine
 
     return ZeroEngine(training, distributed)
-
-
-def check_strategy(distributed: Distributed) -> None:
-    """Raises UserError where several ranks have no way to train together."""
-    world_size = ranks.current().world_size
-    if world_size > 1 and distributed.strategy == "none":
-        raise UserError(
-            f"distributed.strategy=none: {world_size} processes cannot train together by it; use ddp, or zero1, zero2 "
-            "or zero3 where memory is short"
-        )
 
 
 def passes(engine: Engine, groups: Sequence[GroupT], spare: GroupT) -> Iterator[tuple[GroupT, bool]]:

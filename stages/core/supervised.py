@@ -11,7 +11,6 @@ from data.encoded import EncodedDemonstration, EncodedPreference
 from data.prepare import Prepared
 from stages.core import ranks
 from stages.core.context import StageContext
-from stages.core.engine import check_strategy
 from stages.core.trl_training import StageTrainer
 from stages.core.tuning import TuningRequest, save_weights
 
@@ -26,7 +25,6 @@ def encode_rows(
     Raises UserError where too many were refused or none is left.
     """
     config, shared = context.config, context.shared
-    check_strategy(shared.distributed)
     prepared = prepare(config.data, config.holdout, encoder=encoder, run_folder=context.run_folder, seed=shared.seed)
     if ranks.current().is_main:
         prepared.report.write_quarantine(context.out / "quarantine.jsonl")

@@ -22,7 +22,7 @@ from stages.core import ranks
 from stages.core.bank import BankBuilder, PolicyBank, TokenOutputs
 from stages.core.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted, StageContext, StageResult
-from stages.core.engine import Engine, check_strategy, open_engine
+from stages.core.engine import Engine, open_engine
 from stages.core.judge.scoring import judge_scorer
 from stages.core.measure import peak_memory_bytes
 from stages.core.models import end_tokens, open_encoder
@@ -103,7 +103,6 @@ def build(context: StageContext[PpoConfig], checkpoint: Checkpoint | None = None
     Raises UserError for prompts, models, rewards and engines that cannot be used.
     """
     config, shared = context.config, context.shared
-    check_strategy(shared.distributed)
     encoder = open_encoder(context.inputs["policy"], shared)
     prompts = _prompts(context, encoder)
     torch.manual_seed(shared.seed)

@@ -105,7 +105,6 @@ def test_every_config_mistake_is_told_at_once(project: Path):
     ("arguments", "line"),
     [
         (("sft", "absent.yaml"), "CONFIG=absent.yaml: no such file"),
-        (("sft", "chain.yaml", "--gpus", "2"), "distributed.strategy=none: is for one process; with several choose"),
         (("sft", "chain.yaml", "--gpus", "-1"), "--gpus -1: is negative"),
         (("run", "chain.yaml", "--hostfile", "hosts"), "--hostfile hosts: cannot be read (No such file or directory)"),
         (("plan", "chain.yaml", "--device", "abacus"), "--device abacus: is not known; use one of a100-40gb"),

@@ -71,7 +71,7 @@ QUICK = [
     trial("sft", LORA, "ddp"),
     trial("sft", FULL, "zero2", batch_size=8),
     trial("sft", LORA, "zero3", shared={"gradient_checkpointing": True}),
-    trial("rm", FULL, "ddp"),
+    trial("rm", FULL, "none"),
     trial("rm", LORA, "zero1", offload="optimizer"),
     trial("rm", FULL, "zero3"),
     trial("dpo", LORA, "zero2"),

@@ -12,8 +12,7 @@ import torch
 
 from data.errors import UserError
 from stages.core import ranks
-from stages.core.config import Distributed
-from stages.core.engine import PlainEngine, Training, check_strategy
+from stages.core.engine import PlainEngine, Training
 
 TIMEOUT = 10.0
 
@@ -54,13 +53,6 @@ def test_one_process_has_everything() -> None:
     assert ranks.on_main(lambda: 7) == 7
     assert ranks.sum_over_ranks(torch.ones(2)).tolist() == [1, 1]
     assert not ranks.any_rank(False)
-
-
-def test_several_processes_need_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
-    of(1, 4, monkeypatch)
-    with pytest.raises(UserError, match=r"distributed\.strategy=none: 4 processes .* use ddp"):
-        check_strategy(Distributed())
-    check_strategy(Distributed(strategy="ddp"))
 
 
 def refuse() -> None:
