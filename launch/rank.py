@@ -108,8 +108,9 @@ def _hand_on_signals(member: Member) -> None:
         signal.signal(number, _nothing)
 
     def listen() -> None:
-        while set(reader.recv(64)) & {signal.SIGTERM, signal.SIGINT}:
-            member.ask_to_stop()
+        while numbers := reader.recv(64):  # of every signal that has a handler, libraries' own too
+            if set(numbers) & {signal.SIGTERM, signal.SIGINT}:
+                member.ask_to_stop()
 
     threading.Thread(target=listen, daemon=True).start()
     _KEPT.append(writer)

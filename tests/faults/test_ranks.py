@@ -20,6 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 60  # seconds until every process is gone
 LONG = ("sft.max_steps=3000", "checkpoint_every=5", "keep_checkpoints=2")
 
+# A rank that is sent this signal asks for more memory than there is, wherever it stands.
+TOO_LARGE = """
+import os, signal
+if os.environ.get("RANK") == "1":
+    def ask(*_):
+        import torch
+        torch.empty(2**60)
+    signal.signal(signal.SIGUSR1, ask)
+"""
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,9 +44,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory):
         yield pair
 
 
-def begin(config: Path, out: Path, *more: str) -> tuple["subprocess.Popen[str]", list[psutil.Process]]:
+def begin(config: Path, out: Path, **environment: str) -> tuple["subprocess.Popen[str]", list[psutil.Process]]:
     """A long sft on two ranks that has written a checkpoint, and all its processes."""
-    process = launch("sft", config, "--out", out, "--gpus", "2", *LONG, *more)
+    process = launch("sft", config, "--out", out, "--gpus", "2", *LONG, **environment)
     wait_until(lambda: any((out / "sft" / "checkpoints").glob("step-*")), process)
     return process, psutil.Process(process.pid).children(recursive=True)
 
@@ -131,9 +141,10 @@ def test_a_signal_to_one_rank_stops_all_kindly(config: Path, tmp_path: Path) -> 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_rank_out_of_memory_is_named_with_its_last_lines(config: Path, tmp_path: Path) -> None:
-    process, everyone = begin(config, tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(TOO_LARGE)
+    process, everyone = begin(config, tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     since = time.monotonic()
-    ranks_of(process)[1].rlimit(psutil.RLIMIT_AS, (2**20, 2**20))  # nothing more is to be had
+    ranks_of(process)[1].send_signal(signal.SIGUSR1)
     _, stderr = ended(process, everyone, since)
     assert process.returncode == 1, stderr
     last = stderr[stderr.rindex("error: ") :]

@@ -122,3 +122,27 @@ def test_strangers_are_turned_away(watch: Watch, message: bytes) -> None:
         else:
             pytest.fail("the line is still open")
     assert watch.peers == {}
+
+
+TWO_SIGNALS = """
+import os, signal, threading, time
+from launch import rank
+
+class Member:
+    asked = threading.Event()
+    def ask_to_stop(self):
+        self.asked.set()
+
+signal.signal(signal.SIGUSR1, lambda *_: None)
+rank._hand_on_signals(Member())
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.5)
+assert not Member.asked.is_set()
+os.kill(os.getpid(), signal.SIGTERM)
+assert Member.asked.wait(20)
+"""
+
+
+def test_a_rank_hears_of_a_stop_after_signals_that_mean_nothing_to_it() -> None:
+    done = subprocess.run([sys.executable, "-c", TWO_SIGNALS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
