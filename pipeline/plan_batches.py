@@ -12,17 +12,17 @@ def supervised_arithmetic(section: SupervisedSection, train_rows: int | None, ra
     at_once = min(section.microbatch_size, rows)
     lines = [
         f"batch {section.batch_size} = {'at most ' if section.batch_size % ranks else ''}{at_once} rows per device "
-        f"x {math.ceil(rows / at_once)} accumulation x {_count(ranks)}"
+        f"x {math.ceil(rows / at_once)} accumulation x {_count(ranks, 'rank', 'ranks')}"
     ]
     if section.max_steps is not None:
         lines.append(f"{section.max_steps} optimizer steps (max_steps), {section.max_steps * section.batch_size} rows")
     elif train_rows is None:
-        lines.append(f"{section.epochs:g} epochs; steps depend on the rows")
+        lines.append(f"{_count(section.epochs, 'epoch', 'epochs')}; steps depend on the rows")
     else:
         steps = math.ceil(round(train_rows * section.epochs) / section.batch_size)
         lines.append(
             f"{train_rows} rows / {section.batch_size} = {train_rows / section.batch_size:.1f} steps per epoch; "
-            f"x {section.epochs:g} epochs = {steps} optimizer steps"
+            f"x {_count(section.epochs, 'epoch', 'epochs')} = {steps} optimizer steps"
         )
     return lines
 
@@ -33,10 +33,11 @@ def ppo_arithmetic(section: PpoConfig, ranks: int = 1) -> list[str]:
     minibatches = section.minibatches
     per_update = minibatches * section.epochs
     lines = [
-        f"{section.rollout_batch_size} responses per update = {prompts} prompts x {section.samples_per_prompt} "
-        f"samples, on {_count(ranks)}",
-        f"{section.rollout_batch_size} responses / {section.minibatch_size} per minibatch = {minibatches} minibatches; "
-        f"x {section.epochs} epochs = {per_update} optimizer steps per update",
+        f"{section.rollout_batch_size} responses per update = {prompts} prompts "
+        f"x {_count(section.samples_per_prompt, 'sample', 'samples')}, on {_count(ranks, 'rank', 'ranks')}",
+        f"{section.rollout_batch_size} responses / {section.minibatch_size} per minibatch "
+        f"= {_count(minibatches, 'minibatch', 'minibatches')}; "
+        f"x {_count(section.epochs, 'epoch', 'epochs')} = {per_update} optimizer steps per update",
         f"{section.updates} updates = {section.updates * section.rollout_batch_size} episodes, "
         f"{section.updates * per_update} optimizer steps",
         f"at most {section.response_length} new tokens a response, {section.microbatch_tokens} tokens a forward pass",
@@ -46,5 +47,5 @@ def ppo_arithmetic(section: PpoConfig, ranks: int = 1) -> list[str]:
     return lines
 
 
-def _count(ranks: int) -> str:
-    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+def _count(number: float, one: str, many: str) -> str:
+    return f"{number:g} {one if number == 1 else many}"

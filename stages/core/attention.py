@@ -172,7 +172,9 @@ def packed_attention(
                 f"packing=true: {type(module).__name__} needs attention with {name}; sft and rm run with packing=false"
             )
     upcast = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    packed = tuple(each[0].transpose(0, 1).to(torch.float32 if upcast else each.dtype) for each in (query, key, value))
+    # Under autocast, rotated queries and keys are float32 and values are not: one dtype for all, in the cache too.
+    dtype = torch.float32 if upcast else query.dtype
+    packed = tuple(each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
     scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)
     if layout.step is not None:
         out = layout.step.attend(layer, packed, scale=scale, window=window)

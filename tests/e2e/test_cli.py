@@ -221,7 +221,7 @@ def test_plan_shows_rows_masks_and_memory_and_writes_nothing(tmp_path: Path):
     assert "<s> Once upon 0⟦" in text.stdout
     assert "rows.jsonl:10: " in text.stdout
     assert "batch 4 = 4 rows per device x 1 accumulation x 1 rank" in text.stdout
-    assert "9 rows / 4 = 2.2 steps per epoch; x 1 epochs = 3 optimizer steps" in text.stdout
+    assert "9 rows / 4 = 2.2 steps per epoch; x 1 epoch = 3 optimizer steps" in text.stdout
     strict = launch("plan", "plan.yaml", "--json", cwd=tmp_path)
     assert strict.returncode == 2
     (stage,) = json.loads(strict.stdout)["stages"]

@@ -104,9 +104,9 @@ def test_a_signal_leaves_a_checkpoint_in_time_and_one_process_resumes(config: Pa
     resume(config, tmp_path, "distributed.strategy=none")
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_stopped_rank_is_found_and_ended(config: Path, tmp_path: Path, rank: int) -> None:
     process, everyone = begin(config, tmp_path)
     since = time.monotonic()
@@ -138,7 +138,7 @@ def test_a_signal_to_one_rank_stops_all_kindly(config: Path, tmp_path: Path) -> 
     assert process.returncode == 75, stderr
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_rank_out_of_memory_is_named_with_its_last_lines(config: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(TOO_LARGE)

@@ -53,6 +53,19 @@ def teacher_forced(trunk: Trunk, prompt: list[int], completion: Completion, temp
     return token_logprobs(hidden, trunk.lm_head, batch.targets_M, temperature).detach()
 
 
+def test_weights_that_train_in_lowered_precision_are_sampled_from() -> None:
+    """Under autocast the prompts' pass is in bfloat16 and the steps are not: near, not equal."""
+    attention.register()
+    model = tiny_llama(vocabulary=40)
+    model.set_attn_implementation(attention.NAME)
+    blocks.speed_up(model)
+    trunk = Trunk(model, CPU, autocast=True)
+    groups = NativeEngine(trunk, None).generate(PROMPTS, sampling(), seeds_for(len(PROMPTS)))
+    for prompt, (completion,) in zip(PROMPTS, groups, strict=True):
+        expected = teacher_forced(trunk, prompt, completion, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_sampled_logprobs_equal_teacher_forced_ones(trunk: Trunk, temperature: float) -> None:
     options = sampling(temperature=temperature, max_new_tokens=20, ends=(1, 4, 5))
