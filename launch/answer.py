@@ -1,12 +1,13 @@
 """How a command answers: text for people or one JSON object, and the exit status."""
 
+import atexit
 import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from data.errors import SharedUserError, UserError
 from launch.cluster import RankError
@@ -58,6 +59,23 @@ def _outcome(action: Callable[[], Answer]) -> Answer:
         if _rank() == "0":
             print(f"{reason}; the same command resumes", file=sys.stderr)
         return Answer({"status": "stopped", "reason": reason}, _nothing, STOPPED)
+
+
+def is_rank() -> bool:
+    """Whether torchrun, srun or their kin started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def end_rank(status: int) -> NoReturn:
+    """Ends a rank's process once all it said is out, without Python's shutdown.
+
+    A thread of gloo or NCCL may still be letting go of the last message's tensors, for which it asks the interpreter.
+    One that is shutting down ends that thread instead, and C++ then aborts a process that has done its work.
+    """
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  there is no public way
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _rank() -> str:

@@ -209,10 +209,16 @@ def serve(
 
 
 def _guarded(action: Callable[[], "Answer"], *, as_json: bool) -> int:
-    """The exit status of a command; prints its answer, or one line per mistake that the user can mend."""
-    from launch.answer import answering
+    """The exit status of a command; prints its answer, or one line per mistake that the user can mend.
 
-    return answering(action, as_json=as_json)
+    A rank's process ends here.
+    """
+    from launch.answer import answering, end_rank, is_rank
+
+    status = answering(action, as_json=as_json)
+    if is_rank():
+        end_rank(status)
+    return status
 
 
 def forget_working_directory() -> None:

@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from data.errors import UserError
+from launch.answer import end_rank
 from launch.watch import Member
 from launch.worker import Request, carry_out_as_rank
 from stages.core.context import Interrupted
@@ -121,4 +122,4 @@ def _nothing(number: int, _: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    end_rank(main(Path(sys.argv[1])))

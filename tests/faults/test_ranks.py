@@ -30,6 +30,15 @@ if os.environ.get("RANK") == "1":
     signal.signal(signal.SIGUSR1, ask)
 """
 
+# Python's shutdown takes this object away, and the process is aborted as by a thread of gloo's that it catches.
+ABORTED_AT_SHUTDOWN = """
+import os, sys
+class Last:
+    def __del__(self, abort=os.abort):
+        abort()
+sys.last_of_all = Last()
+"""
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -254,7 +263,9 @@ def test_ranks_that_srun_started_find_each_other_and_what_differs(config: Path, 
         f"error: rank 1 on {os.uname().nodename} has another config",
     ]
     assert told[1] == ""
-    processes = [start(0), start(1)]
+    (tmp_path / "sitecustomize.py").write_text(ABORTED_AT_SHUTDOWN)
+    shutdown = {"PYTHONPATH": str(tmp_path)}
+    processes = [start(0, **shutdown), start(1, **shutdown)]
     told = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     assert steps_of(tmp_path / "out" / "sft") == [1, 2, 3, 4]
