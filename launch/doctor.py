@@ -163,4 +163,8 @@ def _would_run() -> str:
         count = torch.cuda.device_count()
         many = f", or with --gpus {count} in as many" if count > 1 else ""
         return f"every stage, in one process on {torch.cuda.get_device_name(0)}{many}; try dtype=bfloat16"
-    return f"every stage, in one process on the CPU with {torch.get_num_threads()} threads; start with quickstart"
+    from stages.core.products import onednn_takes
+
+    slow = "" if onednn_takes(torch.bfloat16) else "; keep dtype=float32, this CPU is several times slower in bfloat16"
+    threads = torch.get_num_threads()
+    return f"every stage, in one process on the CPU with {threads} threads; start with quickstart{slow}"

@@ -76,7 +76,10 @@ class SharedConfig(Section):
         description="a built-in template's name or a Jinja file; default: the tokenizer's own, else `simple`",
     )
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of products and frozen weights; what trains is float32. On a CPU see `launch doctor`",
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(default=512, description="prompt + response, tokens")
     overlong: Literal["drop", "truncate_prompt", "truncate_response"] = Field(
         default="drop", description="rows over max_length: dropped, or cut at the prompt's left or the response's right"

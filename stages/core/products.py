@@ -140,9 +140,9 @@ def _low_gradient(grad_NO: Tensor, part: Part) -> Tensor:
 
 
 class PackedLinears:
-    """A group's weights copied side by side and laid out for few tokens at a time; for decoding, on a CPU.
+    """A group's weights copied side by side, for decoding on a CPU: laid out for few tokens at a time where oneDNN can.
 
-    oneDNN reads a packed weight up to twice as fast as MKL a plain one, most of all for a large vocabulary.
+    It reads a packed weight up to twice as fast as MKL a plain one, most of all for a large vocabulary.
     In float32 the adapters are added to the copy. In bfloat16 that would lose most of them: there A stands below the
     weights, and B is one block-diagonal matrix.
     """
@@ -161,16 +161,29 @@ class PackedLinears:
             if lows_RI is not None:
                 rows.append(lows_RI)
                 self.high_RP = torch.block_diag(*(_scaled_high(part, self.dtype) for part in parts))
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(rows))
+        self.weight, self.is_laid_out = torch.cat(rows), onednn_takes(self.dtype)
+        if self.is_laid_out:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs of all parts side by side, [..., P] for [..., I]."""
-        # What torch.compile calls on a CPU. Each number of tokens is compiled once, so it is not for training.
-        out = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, None, "none", [], "")
+        x = x.to(self.dtype)
+        if self.is_laid_out:
+            # What torch.compile calls on a CPU. Each number of tokens is compiled once, so it is not for training.
+            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        else:
+            out = linear(x, self.weight)
         if self.high_RP is not None:
             base, low = out[..., : self.width].flatten(0, -2), out[..., self.width :].flatten(0, -2)
             out = torch.addmm(base, low, self.high_RP).unflatten(0, x.shape[:-1])
         return out if self.bias_P is None else out.add_(self.bias_P)
+
+
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has oneDNN, and this CPU the instructions that it needs for products in `dtype`."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _scaled_high(part: Part, dtype: torch.dtype) -> Tensor:

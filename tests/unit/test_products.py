@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.core.products import Part, project, project_back
+from stages.core import products
+from stages.core.products import PackedLinears, Part, project, project_back
 
 INPUTS = 12
 FEW, MANY = 5, 40  # below and above the inputs: beside the weights, and folded into copies of them
@@ -61,3 +62,20 @@ def test_bfloat16_is_never_folded() -> None:
     _, low_NR = project(x_NI, parts)
     assert low_NR is not None
     assert low_NR.shape == (MANY, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_a_group_side_by_side_gives_the_outputs_of_its_parts(
+    dtype: torch.dtype, has_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where oneDNN lays the weights out, and where there is none, or none for this dtype on this CPU."""
+    if not has_onednn:
+        monkeypatch.setattr(products, "onednn_takes", lambda _: False)
+    parts, x_NI = _parts(), torch.randn(FEW, INPUTS)
+    lowered = [part._replace(weight_OI=part.weight_OI.to(dtype), bias_O=None) for part in parts]
+    group = PackedLinears(lowered)
+    assert group.is_laid_out == (has_onednn and products.onednn_takes(dtype))
+    expected_NP = torch.cat([_plain(x_NI, part._replace(bias_O=None)) for part in parts], 1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.2}
+    torch.testing.assert_close(group(x_NI).float(), expected_NP, **tolerance)
