@@ -70,6 +70,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.vllm_python is None and importlib.util.find_spec("vllm") is None:
         options.arms = [arm for arm in options.arms if not arm.startswith("vllm")]
         print("vllm is not installed here: its arms are left out; --vllm-python names an interpreter", file=sys.stderr)
+    elif options.vllm_python is not None:
+        options.vllm_python = str(Path(options.vllm_python).absolute())  # a worker runs in a folder of its own
     return options
 
 
