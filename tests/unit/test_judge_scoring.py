@@ -1,5 +1,6 @@
 """A judge as a source of scores: points become scores, failures become no score, limits and ledger go on."""
 
+import asyncio
 import math
 import sqlite3
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
+from stages.core.judge.asking import open_asker
+from stages.core.judge.client import Usage
+from stages.core.judge.config import JudgeConfig
+from stages.core.judge.ledger import Ledger
 from stages.core.judge.reward import RewardJudge
 from stages.core.judge.scoring import JudgeScorer
 from stages.core.reward_config import RewardConfig
@@ -97,15 +102,24 @@ def test_the_limit_per_minute_holds_over_batches(tmp_path):
         judge.score(answered("pet 7"))
         assert judge._limits is not None
         assert len(judge._limits._begun) == 2
-        assert judge._limits._wait(_slot()) > 50
+        assert judge._limits._wait(Usage(1, 1)) > 50
         assert len(server.requests) == 2
 
 
-def _slot():
-    from stages.core.judge.client import Usage
-    from stages.core.judge.limits import Slot
+@pytest.mark.parametrize("rates", [{}, {"tokens_per_minute": 100_000}])
+def test_the_minute_of_a_launch_that_ended_goes_on_where_calls_are_limited_by_it(tmp_path, rates):
+    async def wait_of(judge: JudgeConfig) -> float:
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            async with open_asker(judge, judge.source, ledger) as asker:
+                return asker.limits._wait(Usage(1, 1))
 
-    return Slot(Usage(1, 1))
+    with ChatServer(graded) as server:
+        judge = RewardJudge(base_url=server.base_url, model="m", **rates)
+        assert asyncio.run(wait_of(judge)) == 0  # nobody asked before
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            ledger.ask("k", {})
+            ledger.record("k", judge.source, 3)
+        assert (asyncio.run(wait_of(judge)) > 50) == bool(rates)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The ledger: what was answered is never lost, never doubled, never altered."""
 
+import math
 import os
 import signal
 import sqlite3
@@ -91,6 +92,18 @@ def test_the_total_counts_every_answer_that_was_paid_for(tmp_path):
     assert ledger.total("cost") == 0.875
     assert ledger.total("prompt_tokens") == 10
     assert ledger.total("unknown") == 0
+
+
+def test_the_newest_answer_of_a_source_is_known_by_its_age(tmp_path):
+    ledger = ledger_with(tmp_path, "a", "b")
+    assert ledger.seconds_since_answer("judge:m") == math.inf
+    ledger.record("a", "judge:other", "A")
+    assert ledger.seconds_since_answer("judge:m") == math.inf
+    ledger.charge("b", "judge:m", {})
+    sqlite3.connect(ledger.path).execute("UPDATE charges SET created = '2020-01-01T00:00:00+00:00'").connection.commit()
+    assert ledger.seconds_since_answer("judge:m") > 1e8
+    ledger.record("a", "judge:m", "A")
+    assert 0 <= ledger.seconds_since_answer("judge:m") < 60
 
 
 def test_claims_are_kept_once_in_their_order(tmp_path):

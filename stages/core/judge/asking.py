@@ -17,7 +17,7 @@ from stages.core.context import Interrupted
 from stages.core.judge.client import CallFailed, ChatClient, Reply, Usage
 from stages.core.judge.config import Endpoint
 from stages.core.judge.ledger import Ledger, Verdict
-from stages.core.judge.limits import Limits, cost, most_usage
+from stages.core.judge.limits import WINDOW_SECONDS, Limits, cost, most_usage
 from stages.core.judge.question import Question, Request
 from stages.core.judge.revision import Revise
 from stages.core.judge.verdict import Unusable
@@ -184,6 +184,8 @@ async def open_asker(
     """An asker of an endpoint, or of another address under its limits; what the ledger knows as spent counts."""
     async with ChatClient(endpoint, base_url=base_url, token=token) as client:
         limits = Limits(endpoint, spent=ledger.total("cost", source))
+        if endpoint.has_rates:  # the minute of a launch that was killed goes on
+            limits.pause(WINDOW_SECONDS - ledger.seconds_since_answer(source))
         known = {verdict.key: verdict for verdict in ledger.verdicts(source) if verdict.source == source}
         yield Asker(endpoint, source, client, limits, Recorder(ledger), known)
 

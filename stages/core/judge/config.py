@@ -89,6 +89,11 @@ class Endpoint(Section):
         default=None, description="US dollars after which the run stops; open calls count with the most they can cost"
     )
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether anything is limited per minute."""
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, value: str | None) -> str | None:

@@ -10,6 +10,7 @@ Questions are keyed by their content: whatever changes the answer is hashed into
 
 import contextlib
 import json
+import math
 import sqlite3
 import threading
 from collections.abc import Generator, Mapping
@@ -196,6 +197,15 @@ class Ledger:
             for table in ("verdicts", "charges")
         )
         return float(of_verdicts) + float(of_charges)
+
+    def seconds_since_answer(self, source: str) -> float:
+        """How long ago the newest answer of a source came, usable or not; infinite where there is none."""
+        newest = self._one(
+            "SELECT max(created) FROM (SELECT created, source FROM verdicts UNION ALL "
+            "SELECT created, source FROM charges) WHERE source = ?",
+            (source,),
+        )
+        return math.inf if newest is None else (datetime.now(UTC) - datetime.fromisoformat(newest)).total_seconds()
 
     def claim(self, item: str, source: str) -> None:
         """Notes that `item` was handed to `source` to answer; once is enough."""
