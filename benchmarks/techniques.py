@@ -95,6 +95,19 @@ class Bench:
             for parameter in self.bank.trained().values():
                 parameter.grad = None
 
+    def update_of_samples(self, *, share_prompts: bool) -> Work:
+        """Gradients of the policy on four responses to each prompt, which stand together in a minibatch."""
+
+        def work() -> None:
+            size = self.options.minibatch
+            for start in range(0, len(self.prompts), size // 4):
+                prompts = [prompt for prompt in self.prompts[start : start + size // 4] for _ in range(4)]
+                responses = [self.responses[(start * 4 + row) % len(self.responses)] for row in range(len(prompts))]
+                batch = ResponseBatch.of(prompts, responses, CPU, share_prompts=share_prompts)
+                self.bank.outputs(batch).logprobs_M.sum().backward()
+
+        return work
+
     @torch.no_grad()
     def score(self) -> None:
         """Reference log-probabilities and values of all responses."""
@@ -186,6 +199,12 @@ def training_comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[s
         ("blocks written out", "update", without(fp32.update, transformers_blocks), fp32.update),
         ("adapters folded into copies of the weights", "update", without(fp32.update, beside), fp32.update),
         ("adapters folded into copies of the weights", "scoring", without(fp32.score, beside), fp32.score),
+        (
+            "a prompt held once for four samples",
+            "update",
+            fp32.update_of_samples(share_prompts=False),
+            fp32.update_of_samples(share_prompts=True),
+        ),
         ("values read while decoding (`shared`)", "scoring", shared.score, shared.score_without_values),
     ]
 

@@ -1,16 +1,17 @@
 """Attention over packed tokens: every linear layer runs on real tokens only, attention alone is padded.
 
-Documents stand one after the other in one row of N tokens. The function below is registered with transformers'
-AttentionInterface, so any model that passes keyword arguments down to its attention can use it; the layout of the
-documents travels as the keyword `layout`. In decoding, the same function reads and extends a key/value cache, so a
-step costs one token per unfinished response.
+Documents stand one after the other in one row of N tokens; what several begin with may stand there once, and the others
+borrow it. The function below is registered with transformers' AttentionInterface, so any model that passes keyword
+arguments down to its attention can use it; the layout of the documents travels as the keyword `layout`. In decoding,
+the same function reads and extends a key/value cache, so a step costs one token per unfinished response.
 
-Legend: B documents, N packed tokens, L longest document, H heads, G key/value heads, E head size.
+Legend: B documents, N packed tokens, M those of a bucket, L longest document, H heads, G key/value heads, E head size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,42 @@ NAME = "packed"
 BUCKET_SHARE = 0.7
 
 
+class Document(NamedTuple):
+    """Where the tokens of a document stand among the packed ones.
+
+    The first `borrowed` of them are those of another document, from `home` on; its own follow one another from `start`.
+    """
+
+    length: int
+    start: int
+    borrowed: int = 0
+    home: int = 0
+
+    def places(self) -> Tensor:
+        """The place of each token, in their order."""
+        own = torch.arange(self.length - self.borrowed) + self.start
+        return torch.cat([torch.arange(self.borrowed) + self.home, own]) if self.borrowed else own
+
+
+def one_by_one(lengths: Sequence[int]) -> list[Document]:
+    """Documents of these lengths, one behind the other."""
+    return [Document(length, end - length) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+
+
+class Moves(NamedTuple):
+    """Packed tokens and where each stands in a bucket, its documents x longest flattened."""
+
+    tokens_M: Tensor
+    slots_M: Tensor
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Documents of similar length, padded together inside attention."""
 
     shape: tuple[int, int]  # documents, longest
-    tokens_M: Tensor  # which of the N packed tokens belong here
-    slots_M: Tensor  # where each stands in the padded, flattened documents x longest
+    own: Moves  # each packed token once over all buckets
+    borrowed: Moves | None = None  # tokens that stand in a second document; what comes out there nobody reads
 
 
 @dataclass(frozen=True)
@@ -44,10 +74,9 @@ class Layout:
     step: DecodeStep | None = None  # one new token for each sequence of a cache, instead of documents
 
 
-def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | None = None) -> Layout:
-    """The layout of documents of these lengths, packed in order; with `cache`, a prefill that fills it."""
-    lengths_B = torch.tensor(lengths)
-    starts_B = lengths_B.cumsum(0) - lengths_B
+def pack_layout(documents: Sequence[Document], device: torch.device, cache: KvCache | None = None) -> Layout:
+    """The layout of packed documents; with `cache`, a prefill that fills it."""
+    lengths = [document.length for document in documents]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     groups: list[list[int]] = []
     for row in order:
@@ -56,16 +85,18 @@ def pack_layout(lengths: Sequence[int], device: torch.device, cache: KvCache | N
             groups[-1].append(row)
         else:
             groups.append([row])
-    buckets: list[Bucket] = []
-    for group in groups:
-        rows = sorted(group)
-        longest = max(lengths[row] for row in rows)
-        tokens = torch.cat([torch.arange(lengths[row]) + starts_B[row] for row in rows])
-        slots = torch.cat([torch.arange(lengths[row]) + place * longest for place, row in enumerate(rows)])
-        buckets.append(Bucket((len(rows), longest), tokens.to(device), slots.to(device)))
     if cache is not None:
-        cache.lengths_B = lengths_B.to(device)
-    return Layout(tuple(buckets), fills=cache)
+        cache.lengths_B = torch.tensor(lengths, device=device)
+    return Layout(tuple(_bucket([documents[row] for row in sorted(group)], device) for group in groups), fills=cache)
+
+
+def _bucket(documents: Sequence[Document], device: torch.device) -> Bucket:
+    longest = max(document.length for document in documents)
+    tokens_M = torch.cat([document.places() for document in documents])
+    slots_M = torch.cat([torch.arange(document.length) + row * longest for row, document in enumerate(documents)])
+    own_M = torch.cat([torch.arange(document.length) >= document.borrowed for document in documents])
+    own, borrowed = (Moves(tokens_M[each_M].to(device), slots_M[each_M].to(device)) for each_M in (own_M, ~own_M))
+    return Bucket((len(documents), longest), own, borrowed if len(borrowed.tokens_M) else None)
 
 
 class Pad(torch.autograd.Function):
@@ -75,17 +106,27 @@ class Pad(torch.autograd.Function):
     def forward(ctx: Any, packed_NHE: Tensor, buckets: Sequence[Bucket]) -> tuple[Tensor, ...]:
         """The padded rows."""
         ctx.buckets, ctx.tokens = buckets, len(packed_NHE)
-        return _pad(packed_NHE, buckets)
+        padded = _pad(packed_NHE, buckets)
+        for each, bucket in zip(padded, buckets, strict=True):
+            if bucket.borrowed is not None:
+                tokens_M, slots_M = bucket.borrowed
+                each.flatten(0, 1).index_copy_(0, slots_M, packed_NHE.index_select(0, tokens_M))
+        return padded
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """The gradient's rows, where the rows came from."""
-        return _unpad(grads, ctx.buckets, ctx.tokens), None
+        """The gradients of all rows that came from a packed one, summed."""
+        packed_NHE = _unpad(grads, ctx.buckets, ctx.tokens)
+        for each, bucket in zip(grads, ctx.buckets, strict=True):
+            if bucket.borrowed is not None:
+                tokens_M, slots_M = bucket.borrowed
+                packed_NHE.index_add_(0, tokens_M, each.flatten(0, 1).index_select(0, slots_M))
+        return packed_NHE, None
 
 
 class Unpad(torch.autograd.Function):
-    """The reverse: N packed rows, 0 where no bucket has one."""
+    """The reverse: N packed rows, each from the document that owns it, 0 where no bucket has one."""
 
     @staticmethod
     def forward(ctx: Any, buckets: Sequence[Bucket], tokens: int, *padded: Tensor) -> Tensor:
@@ -101,19 +142,21 @@ class Unpad(torch.autograd.Function):
 
 
 def _pad(packed_NHE: Tensor, buckets: Sequence[Bucket]) -> tuple[Tensor, ...]:
+    """Each packed row in the slot that owns it; 0 in all others."""
     padded: list[Tensor] = []
     for bucket in buckets:
         batch, longest = bucket.shape
         empty = packed_NHE.new_zeros(batch * longest, *packed_NHE.shape[1:])
-        rows_MHE = packed_NHE.index_select(0, bucket.tokens_M)
-        padded.append(empty.index_copy_(0, bucket.slots_M, rows_MHE).unflatten(0, bucket.shape))
+        rows_MHE = packed_NHE.index_select(0, bucket.own.tokens_M)
+        padded.append(empty.index_copy_(0, bucket.own.slots_M, rows_MHE).unflatten(0, bucket.shape))
     return tuple(padded)
 
 
 def _unpad(padded: Sequence[Tensor], buckets: Sequence[Bucket], tokens: int) -> Tensor:
     packed_NHE = padded[0].new_zeros(tokens, *padded[0].shape[2:])
     for each, bucket in zip(padded, buckets, strict=True):
-        packed_NHE.index_copy_(0, bucket.tokens_M, each.flatten(0, 1).index_select(0, bucket.slots_M))
+        rows_MHE = each.flatten(0, 1).index_select(0, bucket.own.slots_M)
+        packed_NHE.index_copy_(0, bucket.own.tokens_M, rows_MHE)
     return packed_NHE
 
 

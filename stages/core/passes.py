@@ -55,8 +55,9 @@ def packed_hidden(body: nn.Module, packed: PackedBatch, *, multiple: int = 1) ->
 
 
 def packed_hidden_at(body: nn.Module, packed: PackedBatch, places_M: Tensor, *, multiple: int = 1) -> Tensor:
-    """Last hidden states MD at `places_M`, each place once: `packed_hidden` for less."""
-    with trimmed(body, rounded_up(places_M, packed, multiple=multiple)):
+    """Last hidden states MD at `places_M`: `packed_hidden` for less."""
+    # Responses that share a prompt read its last token more than once, and a trimmed pass takes each token once.
+    with trimmed(body, rounded_up(places_M.unique(), packed, multiple=multiple)):
         return packed_hidden(body, packed, multiple=multiple).index_select(0, places_M)
 
 

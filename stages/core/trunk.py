@@ -121,7 +121,7 @@ class Trunk:
         return hidden_ND.float() if self.autocast else hidden_ND
 
     def hidden_at(self, packed: PackedBatch, adapter: str | None, places_M: Tensor) -> Tensor:
-        """Last hidden states MD at `places_M` of packed sequences, each place once: `hidden` for less."""
+        """Last hidden states MD at `places_M` of packed sequences under an adapter: `hidden` for less."""
         self.use(adapter)
         with self._precision(), self._recomputing():
             hidden_MD = packed_hidden_at(self.backbone, packed, places_M, multiple=self.multiple)

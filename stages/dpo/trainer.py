@@ -40,8 +40,8 @@ def pair_logprobs(
 ) -> PairLogprobs:
     """Log-probability of each pair's chosen and rejected response, from one forward pass over all 2B sequences.
 
-    Only response positions pass through the head. `precision` is the autocast context; a packed pass takes a multiple
-    of `multiple` tokens.
+    Only response positions pass through the head. `precision` is the autocast context; a packed pass holds each pair's
+    prompt once, and takes a multiple of `multiple` tokens.
     """
     inner = inner_model(model)
     device = next(model.parameters()).device
@@ -51,6 +51,7 @@ def pair_logprobs(
         [tokens[:start] for tokens, start in zip(sequences, prompts, strict=True)],
         [tokens[start:] for tokens, start in zip(sequences, prompts, strict=True)],
         device,
+        share_prompts=packing,
     )
     with precision or nullcontext():
         if packing:

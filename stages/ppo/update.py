@@ -139,7 +139,8 @@ class Updater:
         all ranks, not by those in a microbatch as in TRL 1.12.
         """
         tokens = int(experience.loss_mask_BR[list(rows)].sum())
-        training = [row for row in rows if bool(experience.loss_mask_BR[row].any())]
+        # In their order: samples of one prompt stand side by side, and a microbatch holds their prompt once.
+        training = sorted(row for row in rows if bool(experience.loss_mask_BR[row].any()))
         responses, sizes = experience.responses, experience.responses.sizes
         own = ranks.balanced_share(training, [sizes[row] for row in training])
         groups = responses.microbatches(own, self.config.microbatch_tokens)

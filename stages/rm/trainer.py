@@ -28,19 +28,20 @@ def last_token_scores(
     sequences: Sequence[Sequence[int]],
     *,
     packing: bool,
+    prompts: Sequence[int] | None = None,
     precision: AbstractContextManager[object] | None = None,
     multiple: int = 1,
 ) -> Tensor:
     """score_B: the head at each sequence's last token, which is known by its place, never by looking for padding.
 
     `precision` is the autocast context of the backbone; the head always runs in float32. A packed pass takes a multiple
-    of `multiple` tokens.
+    of `multiple` tokens, and holds a prompt once that several sequences begin with: `prompts` are their lengths.
     """
     inner = inner_model(model)
     device = next(model.parameters()).device
     with precision or nullcontext():
         if packing:
-            packed = PackedBatch.of(sequences, device)
+            packed = PackedBatch.of(sequences, device, prompts=prompts)
             last_BD = packed_hidden_at(backbone(inner), packed, packed.last_B, multiple=multiple)
         else:
             tokens_BS, mask_BS = pad_right(sequences, device)
@@ -74,6 +75,7 @@ class RmTrainer(StageTrainer, RewardTrainer):
             model,
             [row.chosen for row in rows] + [row.rejected for row in rows],
             packing=self.run.context.shared.packing,
+            prompts=[row.prompt_length for row in rows] * 2,
             precision=self.accelerator.autocast(),
             multiple=self.multiple,
         )

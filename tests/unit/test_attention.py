@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from data.errors import UserError
 from stages.core import attention
-from stages.core.attention import Layout, pack_layout
+from stages.core.attention import Layout, one_by_one, pack_layout
 from stages.core.kv_cache import DecodeStep, KvCache
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
@@ -56,7 +56,8 @@ def gradients(model: PreTrainedModel, logits_NV: Tensor) -> dict[str, Tensor]:
 
 
 def test_there_are_several_buckets() -> None:
-    assert [bucket.shape for bucket in pack_layout(LENGTHS, CPU).buckets] == [(3, 40), (2, 12), (1, 3), (1, 1)]
+    buckets = pack_layout(one_by_one(LENGTHS), CPU).buckets
+    assert [bucket.shape for bucket in buckets] == [(3, 40), (2, 12), (1, 3), (1, 1)]
 
 
 def test_logits_and_gradients_equal_documents_run_one_by_one(plain: PreTrainedModel) -> None:
@@ -87,6 +88,29 @@ def test_one_bucket_equals_one_by_one(plain: PreTrainedModel, lengths: list[int]
     torch.testing.assert_close(packed_logits(packing(plain), sequences), single, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [1, 9, 20])
+def test_a_prompt_that_is_held_once_gives_what_a_copy_for_each_gives(plain: PreTrainedModel, prompt: int) -> None:
+    """Three responses to one prompt, in two buckets, beside two to another and a stranger: logits and gradients."""
+    first, second = documents([prompt, 7], seed=3)
+    rests = documents([2, 18, 20, 5, 1], seed=4)
+    sequences = [[*first, *rests[0]], [*second, *rests[3]], [*first, *rests[1]], [*first, *rests[2]]]
+    sequences += [[*second, *rests[4]], documents([6], seed=5)[0]]
+    prompts = [prompt, 7, prompt, prompt, 7, 6]
+    batch = PackedBatch.of(sequences, CPU, prompts=prompts)
+    assert batch.tokens_1N.shape[1] == sum(map(len, sequences)) - 2 * prompt - 7
+    model = packing(plain)
+    logits_NV = model(
+        input_ids=batch.tokens_1N, position_ids=batch.position_ids_1N, layout=batch.layout, use_cache=False
+    ).logits[0]
+    packed = torch.cat([logits_NV[document.places()] for document in batch.documents])
+    single = torch.cat([plain(input_ids=torch.tensor([each]), use_cache=False).logits[0] for each in sequences])
+    torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-5)
+
+    ours, theirs = gradients(model, packed), gradients(plain, single)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
 @torch.no_grad()
 def test_a_document_changes_no_other_bit_for_bit(plain: PreTrainedModel) -> None:
     model, sequences = packing(plain), documents()
@@ -112,7 +136,7 @@ def test_decoding_over_the_cache_equals_the_whole_sequence(plain: PreTrainedMode
     model, sequences, prompts = packing(plain), documents([9, 20, 13]), [4, 15, 2]
     cache = KvCache(capacity=20)
     packed = PackedBatch.of([each[:cut] for each, cut in zip(sequences, prompts, strict=True)], CPU)
-    layout = pack_layout(prompts, CPU, cache)
+    layout = pack_layout(one_by_one(prompts), CPU, cache)
     body = backbone(model)
     body(input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=layout, use_cache=False)
     whole = [backbone(plain)(input_ids=torch.tensor([each])).last_hidden_state[0] for each in sequences]
@@ -131,7 +155,7 @@ def test_selected_cache_rows_continue_as_their_own_sequence() -> None:
     model, sequences = packing(tiny_llama()), documents([6, 11])
     cache = KvCache(capacity=16)
     packed = PackedBatch.of(sequences, CPU)
-    layout = pack_layout([6, 11], CPU, cache)
+    layout = pack_layout(one_by_one([6, 11]), CPU, cache)
     backbone(model)(input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=layout, use_cache=False)
     cache.select(torch.tensor([1, 0, 1]))
     new = torch.tensor([[50, 60, 70]])
@@ -142,7 +166,7 @@ def test_selected_cache_rows_continue_as_their_own_sequence() -> None:
         backbone(model)(
             input_ids=torch.tensor([[*sequences[row], token]]),
             position_ids=torch.arange(len(sequences[row]) + 1)[None],
-            layout=pack_layout([len(sequences[row]) + 1], CPU),
+            layout=pack_layout(one_by_one([len(sequences[row]) + 1]), CPU),
             use_cache=False,
         ).last_hidden_state[0, -1]
         for row, token in ((1, 50), (0, 60), (1, 70))

@@ -48,7 +48,7 @@ def adapted(build: Build, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 def forward(model: PreTrainedModel, sequences: list[list[int]], cache: KvCache | None = None) -> Tensor:
     """Hidden states ND of whole sequences, packed; they fill the cache."""
     packed = PackedBatch.of(sequences, CPU)
-    layout = pack_layout([len(each) for each in sequences], CPU, cache)
+    layout = pack_layout(packed.documents, CPU, cache)
     output = backbone(model)(
         input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=layout, use_cache=False
     )

@@ -62,7 +62,7 @@ def test_loss_is_the_sum_over_learned_tokens(packed_model) -> None:
 
 
 def _alone(length: int) -> attention.Layout:
-    return attention.pack_layout([length], torch.device("cpu"))
+    return attention.pack_layout(attention.one_by_one([length]), torch.device("cpu"))
 
 
 def test_neighbours_change_nothing(packed_model) -> None:

@@ -25,6 +25,24 @@ def test_the_shift_of_the_worked_example() -> None:
     assert batch.lengths == (2, 1)
 
 
+def test_a_second_response_to_a_prompt_borrows_it() -> None:
+    batch = ResponseBatch.of([[7, 8], [9], [7, 8]], [[1, 2], [3], [5, 6]], CPU)
+    assert batch.packed.tokens_1N.tolist() == [[7, 8, 1, 2, 9, 3, 5, 6]]
+    assert batch.packed.position_ids_1N.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.before_M.tolist() == [1, 2, 4, 1, 6]
+    assert batch.targets_M.tolist() == [1, 2, 3, 5, 6]
+    assert batch.packed.last_B.tolist() == [3, 5, 7]
+    apart = ResponseBatch.of([[7, 8], [9], [7, 8]], [[1, 2], [3], [5, 6]], CPU, share_prompts=False)
+    assert apart.packed.tokens_1N.tolist() == [[7, 8, 1, 2, 9, 3, 7, 8, 5, 6]]
+    assert apart.before_M.tolist() == [1, 2, 4, 7, 8]
+
+
+def test_a_sequence_that_is_nothing_but_a_prompt_ends_where_the_prompt_does() -> None:
+    batch = PackedBatch.of([[7, 8, 1], [7, 8]], CPU, prompts=[2, 2])
+    assert batch.tokens_1N.tolist() == [[7, 8, 1]]
+    assert batch.last_B.tolist() == [2, 1]
+
+
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=6))
 def test_each_target_is_the_token_behind_its_position(sizes: list[tuple[int, int]]) -> None:
     count = iter(range(1000))

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from stages.core import attention, blocks
 from stages.core.models import backbone
-from stages.core.sequences import PackedBatch
+from stages.core.sequences import PackedBatch, ResponseBatch
 from stages.core.trim import last_block, trimmed
 from stages.core.trunk import Trunk
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
@@ -52,6 +52,29 @@ def test_gradients_are_those_of_a_whole_pass(written_out: bool) -> None:
     assert len(ours) == len(whole) > 10
     for mine, expected in zip(ours, whole, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("written_out", [True, False])
+def test_responses_that_share_a_prompt_give_the_states_and_gradients_of_copies(
+    written_out: bool, multiple: int
+) -> None:
+    """The prompt's last token is read once for each response: every reader's gradient counts once."""
+
+    def outcome(share_prompts: bool) -> list[Tensor]:
+        trunk = Trunk(packing(tiny_llama(), written_out=written_out), CPU)
+        trunk.multiple = multiple
+        trunk.train(trunk.backbone.parameters())
+        responses = [[13, 14], [15], [16, 17, 18], [19]]
+        batch = ResponseBatch.of([[3, 4, 5], [3, 4, 5], [6], [3, 4, 5]], responses, CPU, share_prompts=share_prompts)
+        states_MD = trunk.hidden_at(batch.packed, None, batch.before_M)
+        (states_MD * torch.arange(states_MD.numel()).view_as(states_MD).sin()).sum().backward()
+        return [states_MD.detach(), *(each.grad for each in trunk.backbone.parameters() if each.grad is not None)]
+
+    shared, apart = outcome(True), outcome(False)
+    assert len(shared) == len(apart) > 10
+    for mine, expected in zip(shared, apart, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_chosen_tokens_go_through_the_last_feed_forward_part() -> None:

@@ -73,7 +73,7 @@ class NativeEngine:
         device = self.trunk.device
         cache = KvCache(capacity=max(map(len, prompts)) + sampling.max_new_tokens)
         packed = PackedBatch.of(prompts, device)
-        prefill = replace(packed, layout=pack_layout([len(prompt) for prompt in prompts], device, cache))
+        prefill = replace(packed, layout=pack_layout(packed.documents, device, cache))
         hidden_LD = self.trunk.hidden_at(prefill, self.adapter, packed.last_B)
         owners = [row for row, own in enumerate(seeds) for _ in own]
         owner_B = torch.tensor(owners, device=device)
