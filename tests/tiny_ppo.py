@@ -11,7 +11,7 @@ from data.encoded import EncodedPrompt
 from data.rows import Prompt
 from stages.core.bank import BankBuilder, PolicyBank
 from stages.core.config import SharedConfig, Tuning
-from stages.core.engine import PlainEngine
+from stages.core.engines import PlainEngine
 from stages.core.responses import Responses, Sampler
 from stages.core.rewards import FunctionScorer
 from stages.core.rollout.native import NativeEngine

@@ -25,7 +25,8 @@ from data.errors import UserError
 from stages.core import ranks
 from stages.core.checkpoints import latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted
-from stages.core.engine import Engine, Training, open_engine, passes
+from stages.core.engine import Engine, Training, passes
+from stages.core.engines import open_engine
 from stages.core.measure import peak_memory_bytes
 from stages.core.passes import tokens_multiple
 from stages.core.supervised_run import LabelledRow, SupervisedRun

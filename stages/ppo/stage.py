@@ -22,7 +22,8 @@ from stages.core import ranks
 from stages.core.bank import BankBuilder, PolicyBank, TokenOutputs
 from stages.core.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from stages.core.context import Interrupted, StageContext, StageResult
-from stages.core.engine import Engine, open_engine
+from stages.core.engine import Engine
+from stages.core.engines import open_engine
 from stages.core.judge.scoring import judge_scorer
 from stages.core.measure import peak_memory_bytes
 from stages.core.models import end_tokens, open_encoder

@@ -12,7 +12,8 @@ import torch
 
 from data.errors import UserError
 from stages.core import ranks
-from stages.core.engine import PlainEngine, Training
+from stages.core.engine import Training
+from stages.core.engines import PlainEngine
 
 TIMEOUT = 10.0
 
