@@ -13,6 +13,7 @@ from pipeline.plan import make_plan
 from stages.core.judge.ledger import Ledger
 from tests.judge_server import JudgeServer, by_quality
 from tests.labelling import figures_of, label_here, labels_of, pair_rows, rows_of, write_config, write_rows
+from tests.supervised import SilentView
 
 
 @pytest.mark.parametrize(("on_disagreement", "expected"), [("tie", {0.5}), ("soft", {0.5})])
@@ -252,3 +253,17 @@ def test_the_plan_counts_pairs_and_calls(tmp_path: Path) -> None:
     assert plan.data.refused == [f"{tmp_path / 'pairs.jsonl'}:8: responses is not a list of two"]
     assert plan.batches == ["7 pairs", "judge scripted: 2 calls a pair, 14 at most"]
     assert plan.problems == ["label.pairs: 1 of 8 rows were refused, more than max_refused; mend them"]
+
+
+def test_a_wait_for_the_minute_of_the_launch_before_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentView, "say", lambda self, message: said.append(message))
+    with JudgeServer() as server:
+        label_here(write_config(tmp_path, server, pair_rows(3)), tmp_path / "out")
+        assert not [line for line in said if "nothing new" in line]
+        again = {"requests_per_minute": 1000, "on_disagreement": "soft"}
+        config = write_config(tmp_path, server, pair_rows(3), judge=again)
+        label_here(config, tmp_path / "out")  # every question was answered: nobody waits
+        assert len(server.calls) == 6
+    (line,) = [line for line in said if "nothing new" in line]
+    assert line.startswith("scripted is asked nothing new for 6")

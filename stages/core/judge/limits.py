@@ -70,6 +70,11 @@ class Limits:
         """No call begins for so long."""
         self._paused_until = max(self._paused_until, self.clock() + seconds)
 
+    @property
+    def paused_seconds(self) -> float:
+        """How long no call will begin."""
+        return max(0.0, self._paused_until - self.clock())
+
     @contextlib.asynccontextmanager
     async def slot(self, bound: Usage) -> AsyncGenerator[Slot]:
         """Waits until a call may begin. At its end, set `used` where it is known; else it counts with `bound`.
@@ -105,8 +110,8 @@ class Limits:
             self._begun.popleft()
         while self._ended and self._ended[0][0] <= now - WINDOW_SECONDS:
             self._held_tokens -= self._ended.popleft()[1]
-        if now < self._paused_until:
-            return self._paused_until - now
+        if self.paused_seconds > 0:
+            return self.paused_seconds
         if endpoint.requests_per_minute is not None and len(self._begun) >= endpoint.requests_per_minute:
             return self._begun[0] + WINDOW_SECONDS - now
         return 0.0 if self._tokens_allow(_tokens(bound)) and self._cap_allows(bound) else _POLL_SECONDS
