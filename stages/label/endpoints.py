@@ -34,7 +34,7 @@ async def _answers(
     candidates = context.config.candidates
     found: dict[tuple[int, int], str] = {}
 
-    async with open_asker(endpoint, f"policy:{endpoint.model}", ledger) as asker:
+    async with open_asker(endpoint, f"policy:{endpoint.model}", ledger, say=context.metrics.say) as asker:
 
         async def work(item: tuple[int, int]) -> None:
             place, sample = item

@@ -237,12 +237,8 @@ async def _judge_pairs(context: StageContext[LabelConfig], pairs: Sequence[Pair]
     async with contextlib.AsyncExitStack() as stack:
         for place, (judge, source) in enumerate(zip(judges, sources, strict=True)):
             if source is None:
-                asker = await stack.enter_async_context(open_judge(judge, ledger, run_folder=context.run_folder))
-                if (seconds := asker.limits.paused_seconds) > 0:
-                    context.metrics.say(
-                        f"{judge.name} is asked nothing new for {seconds:.0f} s: limits per minute hold over launches"
-                    )
-                answerers.append(asker)
+                opened = open_judge(judge, ledger, run_folder=context.run_folder, say=context.metrics.say)
+                answerers.append(await stack.enter_async_context(opened))
                 continue
             view = load_view(source, f"judge-{place}", builder)
             local = LocalJudge(view, open_encoder(source, context.shared), judge.source, ledger)

@@ -111,7 +111,7 @@ async def _revise_all(
     context: StageContext[LabelConfig], config: RevisionConfig, ledger: Ledger, rows: Sequence[tuple[Prompt, str]]
 ) -> list[Revised]:
     found: dict[int, Revised] = {}
-    async with open_asker(config, config.source, ledger) as asker:
+    async with open_asker(config, config.source, ledger, say=context.metrics.say) as asker:
 
         async def work(item: tuple[int, tuple[Prompt, str]]) -> None:
             place, (prompt, answer) = item

@@ -266,4 +266,4 @@ def test_a_wait_for_the_minute_of_the_launch_before_is_told(tmp_path: Path, monk
         label_here(config, tmp_path / "out")  # every question was answered: nobody waits
         assert len(server.calls) == 6
     (line,) = [line for line in said if "nothing new" in line]
-    assert line.startswith("scripted is asked nothing new for 6")
+    assert line.startswith("judge:scripted is asked nothing new for 6")

@@ -104,6 +104,10 @@ def test_the_newest_answer_of_a_source_is_known_by_its_age(tmp_path):
     assert ledger.seconds_since_answer("judge:m") > 1e8
     ledger.record("a", "judge:m", "A")
     assert 0 <= ledger.seconds_since_answer("judge:m") < 60
+    sqlite3.connect(ledger.path).execute(
+        "UPDATE verdicts SET created = '2999-01-01T00:00:00+00:00'"
+    ).connection.commit()
+    assert ledger.seconds_since_answer("judge:m") == 0
 
 
 def test_claims_are_kept_once_in_their_order(tmp_path):

@@ -179,13 +179,24 @@ class Asker:
 
 @contextlib.asynccontextmanager
 async def open_asker(
-    endpoint: Endpoint, source: str, ledger: Ledger, *, base_url: str | None = None, token: str | None = None
+    endpoint: Endpoint,
+    source: str,
+    ledger: Ledger,
+    *,
+    base_url: str | None = None,
+    token: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Asker]:
-    """An asker of an endpoint, or of another address under its limits; what the ledger knows as spent counts."""
+    """An asker of an endpoint, or of another address under its limits; what the ledger knows as spent counts.
+
+    `say` is told where it will ask nothing for a while.
+    """
     async with ChatClient(endpoint, base_url=base_url, token=token) as client:
         limits = Limits(endpoint, spent=ledger.total("cost", source))
         if endpoint.has_rates:  # the minute of a launch that was killed goes on
             limits.pause(WINDOW_SECONDS - ledger.seconds_since_answer(source))
+        if say is not None and (seconds := limits.paused_seconds) > 0:
+            say(f"{source} is asked nothing new for {seconds:.0f} s: limits per minute hold over launches")
         known = {verdict.key: verdict for verdict in ledger.verdicts(source) if verdict.source == source}
         yield Asker(endpoint, source, client, limits, Recorder(ledger), known)
 

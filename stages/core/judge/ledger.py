@@ -205,7 +205,9 @@ class Ledger:
             "SELECT created, source FROM charges) WHERE source = ?",
             (source,),
         )
-        return math.inf if newest is None else (datetime.now(UTC) - datetime.fromisoformat(newest)).total_seconds()
+        if newest is None:
+            return math.inf
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(newest)).total_seconds())  # a clock may be set back
 
     def claim(self, item: str, source: str) -> None:
         """Notes that `item` was handed to `source` to answer; once is enough."""

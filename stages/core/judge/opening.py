@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from data.artifacts import MANIFEST, sha256_file
@@ -28,12 +28,14 @@ def identity(judge: JudgeConfig, *, run_folder: Path, local: str | None = None) 
 
 
 @contextlib.asynccontextmanager
-async def open_judge(judge: JudgeConfig, ledger: Ledger, *, run_folder: Path) -> AsyncGenerator[Asker]:
+async def open_judge(
+    judge: JudgeConfig, ledger: Ledger, *, run_folder: Path, say: Callable[[str], None] | None = None
+) -> AsyncGenerator[Asker]:
     """An asker of a judge behind HTTP: an endpoint, or the toy world's own, which is served while this is open."""
     with contextlib.ExitStack() as stack:
         base_url = token = None
         if judge.toy is not None:
             server = stack.enter_context(ToyServer(judge.toy, read_world(run_folder / "toy")))
             base_url, token = server.base_url, server.token
-        async with open_asker(judge, judge.source, ledger, base_url=base_url, token=token) as asker:
+        async with open_asker(judge, judge.source, ledger, base_url=base_url, token=token, say=say) as asker:
             yield asker
