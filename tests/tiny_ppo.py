@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import pvariance
 
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ def make_experience(bank: PolicyBank, base: Path, config: PpoConfig) -> Experien
     ]
     responses = sampler.respond(prompts, "train", 1, config.samples_per_prompt)
     return collector.collect(responses, kl_coef=0.1, shaper=ScoreShaper(config.score))
+
+
+def value_unit(bank: PolicyBank, experience: Experience) -> float:
+    """What a value loss is divided by: a shared critic's by the variance of the returns that train."""
+    assert experience.returns_BR is not None
+    return pvariance(experience.returns_BR[experience.loss_mask_BR].tolist()) if bank.value is None else 1.0
 
 
 def updater_of(

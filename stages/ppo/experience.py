@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from stages.core import ranks
 from stages.core.bank import PolicyBank, TokenOutputs
-from stages.core.ops import kl_estimate, masked_whiten
+from stages.core.ops import WHITEN_EPSILON, kl_estimate, masked_whiten
 from stages.core.responses import Responses, Sampler
 from stages.core.rewards import Scorer
 from stages.core.sequences import ResponseBatch
@@ -56,6 +57,12 @@ class Experience:
     def kl_B(self) -> Tensor:
         """KL(policy || reference) of each response in nats: the sum of its tokens' k1 estimates."""
         return (self.logprobs_BR - self.ref_logprobs_BR).sum(1)
+
+    @cached_property
+    def returns_variance(self) -> float:
+        """Of the returns that train: the unit in which a critic's squared errors are told."""
+        assert self.returns_BR is not None
+        return max(float(self.returns_BR[self.loss_mask_BR].var(correction=0)), WHITEN_EPSILON)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from stages.core.checkpoints import Checkpoint, latest_checkpoint, save_checkpoi
 from stages.core.context import Interrupted, StageContext, StageResult
 from stages.core.engine import Engine
 from stages.core.engines import open_engine
+from stages.core.heap import release_heap
 from stages.core.judge.scoring import judge_scorer
 from stages.core.measure import peak_memory_bytes
 from stages.core.models import end_tokens, open_encoder
@@ -235,8 +236,10 @@ def train_once(ppo: Ppo) -> dict[str, float]:
             ppo.context.metrics.say(line)
         rescored, sampler_figures = _rescored(ppo, rollout, probe)
         experience = ppo.collector.collect(rollout.responses, rescored, kl_coef=kl_coef, shaper=state.shaper)
+    release_heap()
     trained = time.perf_counter()
     figures = ppo.updater.update(experience, update, kl_coef)
+    release_heap()
     update_seconds = time.perf_counter() - trained
     state.update, state.cursor = update, state.cursor + config.prompts_per_update
     figures |= sampler_figures | _count(state, experience, rollout)

@@ -25,10 +25,11 @@ from stages.ppo.importance import importance_weights
 from stages.ppo.loss import policy_loss, value_loss
 from stages.ppo.ptx import Ptx
 
-# A head alone learns slowly at a LoRA policy's rate: on random walks a shared critic's explained variance
-# was 0.2 at 1x and 0.3 at 5x and 25x. A step of Adam moves a value by up to the rate times the sum of |hidden|, which
-# grows with the width: beyond the widths tried (64 and 256) the rate shrinks, so that values move as they did there.
-SHARED_HEAD_RATE = 25.0
+# A head alone learns slowly at a LoRA policy's rate: on random walks a shared critic's explained variance was 0.2 at 1x
+# and 0.3 at 5x and 25x. On words, 192 wide, 25x overshot: it was -0.6 after the first update, 0.0 with 5x. A step
+# of Adam moves a value by up to the rate times the sum of |hidden|, which grows with the width: beyond the widths
+# tried (64 to 256) the rate shrinks, so that values move as they did there.
+SHARED_HEAD_RATE = 5.0
 SHARED_HEAD_WIDTH = 256
 POLICY_GROUP = 0  # of the optimizer's parameter groups
 ADAM_EPSILON = 1e-5  # Huang et al. 2024 (2403.17031), detail 13
@@ -209,13 +210,20 @@ class Updater:
             yield value_pass
 
     def _value_term(self, new_values_M: Tensor, part: "Part") -> tuple[float, Tensor]:
-        """Weight and sum over tokens of the critic's loss."""
-        assert part.experience.values_BR is not None
-        assert part.experience.returns_BR is not None
-        values_M, returns_M = part.sampled(part.experience.values_BR), part.sampled(part.experience.returns_BR)
-        return self.config.value_weight, value_loss(
-            new_values_M.float(), values_M, returns_M, self.config.value_clip_range
-        )
+        """Weight and sum over tokens of the critic's loss.
+
+        A shared critic's is weighed in units of the returns' variance. Advantages are whitened, so the policy's
+        gradients have one size whatever the scores' scale; in Adam's step the two compete for the trunk, and errors in
+        units of the scores would drown the policy where returns spread by more than 1, and teach the trunk nothing of
+        values where by less. A critic with a trunk of its own competes with nothing.
+        """
+        config, experience = self.config, part.experience
+        assert experience.values_BR is not None
+        assert experience.returns_BR is not None
+        values_M, returns_M = part.sampled(experience.values_BR), part.sampled(experience.returns_BR)
+        loss = value_loss(new_values_M.float(), values_M, returns_M, config.value_clip_range)
+        unit = experience.returns_variance if self.bank.value is None else 1.0
+        return config.value_weight / unit, loss
 
     def _policy_terms(self, outputs: TokenOutputs, part: "Part", kl_coef: float) -> dict[str, tuple[float, Tensor]]:
         """Metric -> weight and sum over tokens of what the policy itself is trained by."""

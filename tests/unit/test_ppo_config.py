@@ -112,8 +112,8 @@ def test_the_value_loss_weighs_by_the_critic_unless_a_weight_is_given() -> None:
         assert config is not None
         return config.value_weight
 
-    assert [weight(critic=critic) for critic in ("adapter", "model", "shared")] == [0.1, 0.1, 1.0]
-    assert [weight(critic=critic, value_coef=0.3) for critic in ("adapter", "shared")] == [0.3, 0.3]
+    assert [weight(critic=critic) for critic in ("adapter", "model", "shared")] == [0.1, 0.1, 0.3]
+    assert [weight(critic=critic, value_coef=0.4) for critic in ("adapter", "shared")] == [0.4, 0.4]
     assert weight(value_coef=0) == 0
 
 

@@ -25,6 +25,7 @@ from tests.tiny_ppo import (
     ppo_config,
     still_updater,
     updater_of,
+    value_unit,
     weights,
 )
 
@@ -55,6 +56,7 @@ def filtered(experience: Experience, rows: list[int]) -> Experience:
 def loss_by_definition(bank: PolicyBank, experience: Experience, config: PpoConfig) -> Tensor:
     """The mean over tokens that train, each response by itself, from all logits of the vocabulary."""
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    value_coef = config.value_coef / value_unit(bank, experience)
     total, count = torch.zeros(()), 0
     for row, completion in enumerate(experience.responses.completions):
         batch = experience.responses.batch([row], CPU)
@@ -81,7 +83,7 @@ def loss_by_definition(bank: PolicyBank, experience: Experience, config: PpoConf
                 near = value + (values_R[place] - value).clip(-config.value_clip_range, config.value_clip_range)
                 error = torch.max(error, (near - target) ** 2)
             entropy = -(probabilities_RV[place] * probabilities_RV[place].log()).sum()
-            loss = loss + config.value_coef * error / 2 - config.entropy_coef * entropy
+            loss = loss + value_coef * error / 2 - config.entropy_coef * entropy
             if config.kl.place == "loss":
                 difference = new - ref
                 k2, k3 = difference**2 / 2, torch.exp(-difference) - 1 + difference

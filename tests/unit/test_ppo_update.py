@@ -25,6 +25,7 @@ from tests.tiny_ppo import (
     ppo_config,
     still_updater,
     updater_of,
+    value_unit,
     weights,
 )
 
@@ -59,6 +60,7 @@ def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
     ours = gradients(bank)
 
     clear_gradients(bank)
+    value_coef = 0.3 / value_unit(bank, experience)
     total, count = torch.zeros(()), 0
     for row, completion in enumerate(experience.responses.completions):
         alone = experience.responses.batch([row], CPU)
@@ -72,11 +74,27 @@ def test_gradients_are_those_of_the_definition(base: Path, critic: str) -> None:
             surrogate = torch.min(ratio * advantage, ratio.clip(0.8, 1.2) * advantage)
             near = value + (values[place] - value).clip(-0.2, 0.2)
             error = torch.max((values[place] - target) ** 2, (near - target) ** 2)
-            total, count = total - surrogate + 0.3 * error / 2, count + 1
+            total, count = total - surrogate + value_coef * error / 2, count + 1
     (total / count).backward()
     assert figures["policy/clip_fraction"] > 0.1
     assert figures["loss"] == pytest.approx((total / count).item(), rel=1e-5)
     assert_same(ours, gradients(bank))
+
+
+@pytest.mark.parametrize(("critic", "factor"), [("shared", 1.0), ("adapter", 100.0)])
+def test_the_scale_of_the_scores_moves_no_shared_trunk(base: Path, critic: str, factor: float) -> None:
+    """Ten times the returns, read by ten times the head, are the same task; a trunk of the critic's own may see it."""
+    bank, config = make_bank(base, critic), ppo_config(value_clip_range=None)
+    experience = moved_policy(make_experience(bank, base, config))
+    part = "policy" if critic == "shared" else "value."
+    still_updater(bank, config).update(experience, 1, 0.1)
+    expected = {name: factor * gradient for name, gradient in gradients(bank).items() if name.startswith(part)}
+    with torch.no_grad():
+        for parameter in bank.value_head.parameters():
+            parameter.mul_(10)
+    larger = {name: 10 * getattr(experience, name) for name in ("values_BR", "returns_BR")}
+    still_updater(bank, config).update(replace(experience, **larger), 1, 0.1)
+    assert_same({name: gradient for name, gradient in gradients(bank).items() if name.startswith(part)}, expected)
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -212,7 +230,7 @@ def test_in_the_warmup_the_logged_loss_is_the_critics_alone(base: Path, critic: 
     experience = replace(experience, advantages_BR=experience.mask_BR.float())
     figures = still_updater(bank, config).update(experience, 1, 0.1)
     assert figures["policy/loss"] == pytest.approx(-1, rel=1e-4)  # ratio 1, advantage 1: shown, and not counted
-    assert figures["loss"] == pytest.approx(0.3 * figures["value/loss"], rel=1e-5)
+    assert figures["loss"] == pytest.approx(0.3 * figures["value/loss"] / value_unit(bank, experience), rel=1e-5)
 
 
 def test_a_step_raises_the_probability_of_what_was_good(base: Path) -> None:
@@ -248,14 +266,14 @@ def test_learning_rates(base: Path) -> None:
     assert rates(1, schedule="linear") == [1e-3] * 3
     assert rates(10, schedule="linear") == pytest.approx([1e-4] * 3)
     assert rates(1, value_learning_rate=5e-4) == [1e-3, 5e-4, 5e-4]
-    assert rates(1, "shared") == pytest.approx([1e-3, 25e-3])
+    assert rates(1, "shared") == pytest.approx([1e-3, 5e-3])
     assert rates(1, "shared", value_learning_rate=2e-3) == [1e-3, 2e-3]
 
 
 def test_the_head_of_a_wide_shared_critic_learns_more_slowly(base: Path) -> None:
-    """25x up to 256 hidden units; four times as many would move a value four times as far, so they get a quarter."""
+    """5x up to 256 hidden units; four times as many would move a value four times as far, so they get a quarter."""
     bank, config = make_bank(base, "shared"), ppo_config(learning_rate=1e-3)
-    for width, factor in ((64, 25), (256, 25), (1024, 6.25)):
+    for width, factor in ((64, 5), (256, 5), (1024, 1.25)):
         bank.value_head = torch.nn.Linear(width, 1)
         assert build_optimizer(bank, config).param_groups[-1]["lr"] == pytest.approx(1e-3 * factor)
     bank = make_bank(base, "adapter")
