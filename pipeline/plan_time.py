@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.inputs import Run
 from stages.core.config import Tuning
-from stages.core.memory import GRADIENT_BYTES, ModelShape, base_bytes, trained_parameters
+from stages.core.memory import BYTES, GRADIENT_BYTES, ZERO_LIVE, ModelShape, base_bytes, trained_parameters
 from stages.core.speed import (
     Machine,
     decode_seconds,
@@ -90,26 +90,27 @@ def ppo_seconds(section: PpoConfig, work: Work, machine: Machine) -> Seconds:
     steps = section.epochs * section.minibatches
     traffic, sent = _traffic(work, machine, per_minibatch * trained_models, trained_models)
     rollout = decode_seconds(shape, machine, responses=responses, prompt=prompt, response=response)
+    # For rollout and scoring together.
     gathered = _weight_bytes(work, machine) if machine.spread.stage == 3 else 0.0
     phases = {
         "rollout": rollout + machine.gather_seconds(gathered),
-        "scoring": machine.compute_seconds(scoring * forward) + scoring * machine.gather_seconds(gathered),
+        "scoring": machine.compute_seconds(scoring * forward),
         "update": machine.compute_seconds(section.epochs * worth * trained_models * forward),
         "communication": steps * traffic,
     }
-    once = sent_bytes((1 + scoring) * gathered, machine.spread)
-    return Seconds("update", phases, steps * sent + once)
+    return Seconds("update", phases, steps * sent + sent_bytes(gathered, machine.spread))
 
 
 def _traffic(work: Work, machine: Machine, passes: float, models: int = 1) -> tuple[float, float]:
     """Seconds and sent bytes of one optimizer step's collectives."""
     trained, weights = models * trained_parameters(work.shape, work.tuning), _weight_bytes(work, machine)
-    reduced, gathered = step_traffic(trained * GRADIENT_BYTES, weights, passes, machine.spread)
-    seconds = machine.reduce_seconds(reduced) + machine.gather_seconds(gathered)
-    seconds += machine.offload_seconds(trained, weights, passes)
-    return seconds, 2 * sent_bytes(reduced, machine.spread) + sent_bytes(gathered, machine.spread)
+    live = ZERO_LIVE * (BYTES[machine.dtype] if work.tuning.method == "lora" else GRADIENT_BYTES)
+    size = step_traffic(trained * GRADIENT_BYTES, weights, passes, machine.spread, live_bytes=live)
+    seconds = machine.gather_seconds(size) + machine.offload_seconds(trained, weights, passes)
+    return seconds, sent_bytes(size, machine.spread)
 
 
 def _weight_bytes(work: Work, machine: Machine) -> float:
-    """The weights as they are kept, and so travel."""
-    return base_bytes(work.shape, work.tuning, machine.dtype)
+    """One model's weights as they are kept, and so travel, its adapter included."""
+    adapter = work.shape.lora_parameters(work.tuning.rank) * GRADIENT_BYTES if work.tuning.method == "lora" else 0
+    return base_bytes(work.shape, work.tuning, machine.dtype) + adapter

@@ -41,8 +41,11 @@ class Engine(Protocol):
         """How many passes a rank that needs `count` must make: as many as all the others, where that matters."""
         ...
 
-    def backward(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The loss that `compute` gives, detached; its gradients are added to those of the passes before."""
+    def backward(self, compute: Callable[[], Tensor], kind: str = "") -> Tensor:
+        """The loss that `compute` gives, detached; its gradients are added to those of the passes before.
+
+        Passes of one `kind` run the same modules in the same order.
+        """
         ...
 
     def discard(self) -> None:

@@ -38,8 +38,8 @@ class PlainEngine:
         """As many as its rows need: ranks meet at the step only."""
         return count
 
-    def backward(self, compute: Callable[[], Tensor]) -> Tensor:
-        """The loss; gradients stay on this rank."""
+    def backward(self, compute: Callable[[], Tensor], kind: str = "") -> Tensor:
+        """The loss; gradients stay on this rank, and every kind of pass is alike."""
         loss = compute()
         if loss.requires_grad:
             loss.backward()

@@ -71,10 +71,6 @@ class Machine:
         between = size * (spread.nodes - 1) / spread.nodes / (NODE_NETWORK * NETWORK_USED)
         return max(inside, between)
 
-    def reduce_seconds(self, size: float) -> float:
-        """Until every rank has the sum of `size` bytes of gradients: a reduce-scatter and a gather."""
-        return 2 * self.gather_seconds(size)
-
     def offload_seconds(self, trained: float, weight_bytes: float, passes: float) -> float:
         """What offloading adds to an optimizer step: Adam on the machine's own memory, and the way there and back."""
         spread = self.spread
@@ -125,15 +121,19 @@ def decode_seconds(shape: ModelShape, machine: Machine, *, responses: float, pro
     return response * step + machine.compute_seconds(pass_flops(shape, responses * prompt, prompt))
 
 
-def step_traffic(trained_bytes: float, weight_bytes: float, passes: float, spread: Spread) -> tuple[float, float]:
-    """Bytes of gradients that are reduced, and of weights that are gathered, in one optimizer step.
+def step_traffic(
+    trained_bytes: float, weight_bytes: float, passes: float, spread: Spread, *, live_bytes: float = 0.0
+) -> float:
+    """Bytes that all ranks gather, or reduce, which sends as much, in one optimizer step.
 
-    ZeRO-3 gathers the weights for every forward and every backward pass; otherwise all ranks hold them
-    (Rajbhandari et al. 2020, 1910.02054, sec. 7). With ZeRO-1 and 2 ranks gather what each of them stepped. They could
-    have reduced no more than their part of the gradients, but DeepSpeed 0.19 sums all of them everywhere first, so it
-    sends half as much again as ddp (measured on two ranks: 9.16 MB against 6.13).
+    The sum of all gradients on all ranks is a reduction and a gather. With ZeRO-1 and 2 ranks gather what each of them
+    stepped; they could have done without the gather before, but DeepSpeed 0.19 sums all gradients everywhere first, so
+    it sends half as much again as ddp (measured on two ranks: 9.16 MB against 6.09). ZeRO-3 only reduces them, and
+    gathers the weights for every forward and every backward pass (Rajbhandari et al. 2020, 1910.02054, sec. 7), but for
+    `live_bytes` of them that it keeps from the one to the other.
     """
     if spread.ranks == 1:
-        return 0.0, 0.0
-    gathered = {0: 0.0, 1: trained_bytes, 2: trained_bytes, 3: 2 * passes * weight_bytes}
-    return trained_bytes, gathered[spread.stage]
+        return 0.0
+    if spread.stage == 3:
+        return trained_bytes + passes * (weight_bytes + max(weight_bytes - live_bytes, 0.0))
+    return (2 if spread.stage == 0 else 3) * trained_bytes

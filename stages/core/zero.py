@@ -5,6 +5,7 @@ in one engine, and gathers and releases them around the modules that are run ins
 """
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -68,6 +69,7 @@ class ZeroEngine:
         if self.stage == 3:
             for parameter in training.read_directly:
                 zero.register_external_parameter(whole, parameter)
+        self.coordinators: dict[str, Any] = {}  # kind of pass -> DeepSpeed's memory of the order of its modules
         self.deepspeed, *_ = deepspeed.initialize(
             model=whole,
             optimizer=training.optimizer,
@@ -89,12 +91,29 @@ class ZeroEngine:
         """The most that any rank needs: ranks meet in every pass."""
         return max(ranks.gather_lists([count]))
 
-    def backward(self, compute: Callable[[], Tensor]) -> Tensor:
+    def backward(self, compute: Callable[[], Tensor], kind: str = "") -> Tensor:
         """The loss. DeepSpeed takes the mean over ranks where we want the sum."""
+        if self.stage == 3:
+            self._expect(kind)
         loss = self.deepspeed(compute)
         if loss.requires_grad:
             self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
         return loss.detach()
+
+    def _expect(self, kind: str) -> None:
+        """Stage 3: has DeepSpeed gather ahead, and keep, by the order in which the last pass of this kind ran modules.
+
+        It remembers one order alone. Where passes of policy and critic take turns it would find each other's wrong,
+        throw away what it gathered ahead, and gather every module when it is run, and again in the backward pass.
+        """
+        offload = self.sharded.parameter_offload
+        if self.coordinators and kind not in self.coordinators:
+            new = copy.copy(offload.param_coordinator)  # shares with the others what is under way
+            if not new.is_invalid_trace():
+                new._invalidate_trace()
+            new._clear_trace_structures()
+            self.coordinators[kind] = new
+        offload.param_coordinator = self.coordinators.setdefault(kind, offload.param_coordinator)
 
     def discard(self) -> None:
         """Forgets the gradients."""
@@ -147,6 +166,7 @@ class ZeroEngine:
             finally:
                 self._slow_down()
                 offload._register_deepspeed_module(offload.module)
+                self.coordinators = {}  # modules are numbered anew
 
     def _slow_down(self) -> None:
         """Gives the modules that read others' weights the forward pass of their libraries."""

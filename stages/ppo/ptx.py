@@ -49,7 +49,9 @@ class Ptx:
         for group, counts in passes(engine, groups, [min(rows, key=lambda row: row.length)]):
             weight = self.config.coef if counts else 0.0
             batch = demonstration_batch(group, self.device)
-            loss = engine.backward(lambda batch=batch, weight=weight: weight * self._summed_nll(bank, batch) / tokens)
+            loss = engine.backward(
+                lambda batch=batch, weight=weight: weight * self._summed_nll(bank, batch) / tokens, "ptx"
+            )
             total += float(loss) / self.config.coef
         return sum(ranks.gather_lists([total]))
 

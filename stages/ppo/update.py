@@ -148,11 +148,11 @@ class Updater:
         self.engine.discard()
         sums: dict[str, float] = defaultdict(float)
         for group, counts in passes(self.engine, groups, [min(training, key=lambda row: sizes[row])]):
-            for compute in self._losses(experience, group, kl_coef, policy_trains=policy_trains):
-                self._pass(compute, sums, tokens if counts else None)
+            for kind, compute in self._losses(experience, group, kl_coef, policy_trains=policy_trains):
+                self._pass(kind, compute, sums, tokens if counts else None)
         return _summed(ranks.gather_lists([dict(sums)]))
 
-    def _pass(self, compute: Pass, sums: dict[str, float], tokens: int | None) -> None:
+    def _pass(self, kind: str, compute: Pass, sums: dict[str, float], tokens: int | None) -> None:
         """Adds a pass's part of the minibatch's mean over `tokens` to its gradients and `sums`; None: it counts 0."""
 
         def loss() -> Tensor:
@@ -163,7 +163,7 @@ class Updater:
                 sums[name] += value / tokens
             return total / tokens
 
-        self.engine.backward(loss)
+        self.engine.backward(loss, kind)
 
     def _step(self, experience: Experience, rows: Sequence[int], loss: float, *, policy_trains: bool) -> float:
         """One optimizer step; returns the gradient's norm before clipping.
@@ -184,8 +184,8 @@ class Updater:
 
     def _losses(
         self, experience: Experience, rows: list[int], kl_coef: float, *, policy_trains: bool
-    ) -> Iterator[Pass]:
-        """What gives the summed losses of a microbatch with their summed metrics, over the tokens that train.
+    ) -> Iterator[tuple[str, Pass]]:
+        """What gives the summed losses of a microbatch with their summed metrics, over the tokens that train, by kind.
 
         Each is a pass of its own: a critic with a trunk of its own begins when the policy's activations are gone.
         """
@@ -205,9 +205,9 @@ class Updater:
             term = {"value/loss": self._value_term(bank.values(part.batch)[part.chosen_M], part)}
             return _weighed(term, term, {})
 
-        yield policy_pass
+        yield "policy", policy_pass
         if bank.value is not None:
-            yield value_pass
+            yield "value", value_pass
 
     def _value_term(self, new_values_M: Tensor, part: "Part") -> tuple[float, Tensor]:
         """Weight and sum over tokens of the critic's loss.
