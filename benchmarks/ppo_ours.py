@@ -40,6 +40,7 @@ def config(spec: Mapping[str, Any]) -> dict[str, Any]:
             "response_length": spec["response_length"],
             "critic": arm["critic"],
             "learning_rate": spec["learning_rate"],
+            "max_grad_norm": None,  # TRL clips none, whatever it is told
             "kl": {"coef": spec["kl_coef"]},
             "eval_every": NEVER,
             "eval_prompts": 1,

@@ -21,7 +21,7 @@ def shown_json(distributed: Distributed) -> dict[str, Any]:
     return {name: value for name, value in deepspeed_json(distributed, max_grad_norm=1).items() if name not in OURS}
 
 
-def deepspeed_json(distributed: Distributed, *, max_grad_norm: float) -> dict[str, Any]:
+def deepspeed_json(distributed: Distributed, *, max_grad_norm: float | None) -> dict[str, Any]:
     """The configuration of the DeepSpeed engine.
 
     The stages cut their batches themselves and step when they are done (`managed_gradient_accumulation` off), so the
@@ -33,7 +33,7 @@ def deepspeed_json(distributed: Distributed, *, max_grad_norm: float) -> dict[st
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": max_grad_norm or 0.0,  # 0: no bound
     }
     if distributed.deepspeed is not None:
         return _users(Path(distributed.deepspeed), STAGES[distributed.strategy]) | ours

@@ -25,7 +25,7 @@ class Training:
     modules: Sequence[nn.Module]
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    max_grad_norm: float
+    max_grad_norm: float | None  # None: no bound
     read_directly: Sequence[nn.Parameter] = ()  # parameters that are read by others than their own module
 
 

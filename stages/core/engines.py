@@ -57,7 +57,8 @@ class PlainEngine:
         gradients = [each.grad for each in parameters if each.grad is not None]
         norm = get_total_norm(gradients)
         if torch.isfinite(norm):
-            clip_grad_norm_(parameters, self.training.max_grad_norm)
+            if self.training.max_grad_norm is not None:
+                clip_grad_norm_(parameters, self.training.max_grad_norm)
             self.optimizer.step()
         return float(norm)
 

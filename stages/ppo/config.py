@@ -110,7 +110,11 @@ class PpoConfig(TrainingSection):
         description="critic's; default: the policy's, and for a shared critic's head 5x (less above hidden size 256)",
     )
     schedule: Literal["constant", "linear"] = "constant"
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0,
+        description="most of the gradient's norm, policy and critic together; 1 as in OpenRLHF and verl; null: no "
+        "bound, as in the code of 2403.17031 and TRL 1.12",
+    )
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     clip_range: Annotated[float, Field(gt=0)] = Field(

@@ -25,6 +25,7 @@ def test_the_strategy_and_the_offload_are_told() -> None:
     assert found["zero_optimization"]["stage"] == 3
     assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert found["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert deepspeed_json(Distributed(strategy="zero1"), max_grad_norm=None)["gradient_clipping"] == 0  # none
     plain = deepspeed_json(Distributed(strategy="zero1"), max_grad_norm=0.7)["zero_optimization"]
     assert plain["stage"] == 1
     assert plain.keys().isdisjoint({"offload_optimizer", "offload_param"})
