@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import pvariance
+from statistics import fmean, pvariance
 
 import torch
 from torch import Tensor
@@ -72,9 +72,17 @@ def make_experience(bank: PolicyBank, base: Path, config: PpoConfig) -> Experien
 
 
 def value_unit(bank: PolicyBank, experience: Experience) -> float:
-    """What a value loss is divided by: a shared critic's by the variance of the returns that train."""
+    """What a value loss is divided by: a shared critic's by the variance of the returns that train, or the mean squared
+    error."""
+    if bank.value is not None:
+        return 1.0
     assert experience.returns_BR is not None
-    return pvariance(experience.returns_BR[experience.loss_mask_BR].tolist()) if bank.value is None else 1.0
+    assert experience.values_BR is not None
+    returns, values = (
+        each_BR[experience.loss_mask_BR].tolist() for each_BR in (experience.returns_BR, experience.values_BR)
+    )
+    squares = [(each - value) ** 2 for each, value in zip(returns, values, strict=True)]
+    return max(pvariance(returns), fmean(squares))
 
 
 def updater_of(

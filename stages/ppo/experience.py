@@ -59,10 +59,17 @@ class Experience:
         return (self.logprobs_BR - self.ref_logprobs_BR).sum(1)
 
     @cached_property
-    def returns_variance(self) -> float:
-        """Of the returns that train: the unit in which a critic's squared errors are told."""
+    def value_unit(self) -> float:
+        """In which squared errors of values are told: the variance of the returns that train.
+
+        Or the mean squared error, where that is larger: returns that are all alike, as of a sparse reward, would else
+        make any error of the critic a huge one.
+        """
+        assert self.values_BR is not None
         assert self.returns_BR is not None
-        return max(float(self.returns_BR[self.loss_mask_BR].var(correction=0)), WHITEN_EPSILON)
+        returns_M = self.returns_BR[self.loss_mask_BR]
+        errors_M = returns_M - self.values_BR[self.loss_mask_BR]
+        return max(float(returns_M.var(correction=0)), float(errors_M.square().mean()), WHITEN_EPSILON)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class Updater:
     def _value_term(self, new_values_M: Tensor, part: "Part") -> tuple[float, Tensor]:
         """Weight and sum over tokens of the critic's loss.
 
-        A shared critic's is weighed in units of the returns' variance. Advantages are whitened, so the policy's
+        A shared critic's is weighed in units of the returns' variance (`Experience.value_unit`). Advantages are whitened, so the policy's
         gradients have one size whatever the scores' scale; in Adam's step the two compete for the trunk, and errors in
         units of the scores would drown the policy where returns spread by more than 1, and teach the trunk nothing of
         values where by less. A critic with a trunk of its own competes with nothing.
@@ -222,7 +222,7 @@ class Updater:
         assert experience.returns_BR is not None
         values_M, returns_M = part.sampled(experience.values_BR), part.sampled(experience.returns_BR)
         loss = value_loss(new_values_M.float(), values_M, returns_M, config.value_clip_range)
-        unit = experience.returns_variance if self.bank.value is None else 1.0
+        unit = experience.value_unit if self.bank.value is None else 1.0
         return config.value_weight / unit, loss
 
     def _policy_terms(self, outputs: TokenOutputs, part: "Part", kl_coef: float) -> dict[str, tuple[float, Tensor]]:

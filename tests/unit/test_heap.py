@@ -27,5 +27,9 @@ def test_holes_between_tensors_that_stay_are_handed_back() -> None:
 
 
 def test_a_library_without_such_a_call_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_trim", lambda: None)
+    looked_into: list[object] = []
+    monkeypatch.setattr(heap.sys, "platform", "linux")
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: looked_into.append(name) or object())
+    monkeypatch.setattr(heap, "_trim", heap._trim.__wrapped__)
     heap.release_heap()
+    assert looked_into == [None]

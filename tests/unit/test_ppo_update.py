@@ -97,6 +97,18 @@ def test_the_scale_of_the_scores_moves_no_shared_trunk(base: Path, critic: str, 
     assert_same({name: gradient for name, gradient in gradients(bank).items() if name.startswith(part)}, expected)
 
 
+def test_returns_that_are_all_alike_make_no_huge_loss(base: Path) -> None:
+    """Of a sparse reward: nothing spreads, and the critic is wrong by 1 everywhere."""
+    bank, config = make_bank(base, "shared"), ppo_config(value_clip_range=None)
+    experience = make_experience(bank, base, config)
+    assert experience.values_BR is not None
+    returns_BR = torch.where(experience.mask_BR, experience.values_BR.mean(), 0.0)
+    values_BR = torch.where(experience.mask_BR, returns_BR - 1, 0.0)
+    still = replace(experience, returns_BR=returns_BR, values_BR=values_BR, advantages_BR=0 * experience.advantages_BR)
+    figures = still_updater(bank, config).update(still, 1, 0.1)
+    assert figures["loss"] == pytest.approx(0.3 * figures["value/loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("critic", CRITICS)
 @pytest.mark.parametrize("microbatch_tokens", [1, 20, 45])
 def test_the_microbatch_split_changes_no_gradient(base: Path, critic: str, microbatch_tokens: int) -> None:
