@@ -212,10 +212,10 @@ class Updater:
     def _value_term(self, new_values_M: Tensor, part: "Part") -> tuple[float, Tensor]:
         """Weight and sum over tokens of the critic's loss.
 
-        A shared critic's is weighed in units of the returns' variance (`Experience.value_unit`). Advantages are whitened, so the policy's
-        gradients have one size whatever the scores' scale; in Adam's step the two compete for the trunk, and errors in
-        units of the scores would drown the policy where returns spread by more than 1, and teach the trunk nothing of
-        values where by less. A critic with a trunk of its own competes with nothing.
+        A shared critic's is weighed in units of the returns' variance (`Experience.value_unit`): advantages are white,
+        so the policy's gradients have one size whatever the scores' scale; in Adam's step the two compete for the
+        trunk, and errors in units of the scores would drown the policy where returns spread by more than 1, and teach
+        the trunk nothing of values where by less. A critic with a trunk of its own competes with nothing.
         """
         config, experience = self.config, part.experience
         assert experience.values_BR is not None
