@@ -106,7 +106,10 @@ class Updater:
                     step = (update - 1) * len(minibatches) + place
                     figures["ptx/loss"] = self.ptx.backward(self.engine, self.bank, step)
                     figures["loss"] += self.ptx.config.coef * figures["ptx/loss"]
-                figures["grad_norm"] = self._step(experience, rows, figures["loss"], policy_trains=policy_trains)
+                norm = self._step(experience, rows, figures["loss"], policy_trains=policy_trains)
+                figures["grad_norm"] = norm
+                if config.max_grad_norm is not None:
+                    figures["grad_norm/bounded_fraction"] = float(norm > config.max_grad_norm)
             else:
                 empty += 1
             done += 1

@@ -135,6 +135,7 @@ def healthy(step: int, noise: random.Random) -> dict[str, float]:
         "score/mean": 2 * done + noise.gauss(0, 0.15),
         "score/std": 1 - 0.5 * done + noise.gauss(0, 0.05),
         "value/explained_variance": min(0.6, -0.3 + 2 * done) + noise.gauss(0, 0.1),
+        "grad_norm/bounded_fraction": max(0.0, noise.gauss(0.1, 0.1)),
     }
 
 
@@ -173,6 +174,7 @@ BAD: list[tuple[str, str, Callable[[int, random.Random], float]]] = [
     ("entropy_collapsing", "policy/entropy", lambda since, noise: 2.2 * 0.8**since),
     ("scores_constant", "score/mean", lambda since, noise: 1.0),
     ("scores_saturating", "score/std", lambda since, noise: 0.8 * 0.7**since),
+    ("gradients_bounded", "grad_norm/bounded_fraction", lambda since, noise: 0.8 + noise.gauss(0, 0.05)),
     ("critic_useless", "value/explained_variance", lambda since, noise: -0.5 + noise.gauss(0, 0.1)),
 ]
 

@@ -75,3 +75,4 @@ def test_a_step_is_made_with_gradients_of_bounded_norm(base: Path, bound: float 
     moved = sum(float((after - before[name]).square().sum()) for name, after in weights(bank).items()) ** 0.5
     assert figures["grad_norm"] > 0.1
     assert moved == pytest.approx(min(bound or math.inf, figures["grad_norm"]), rel=1e-3)
+    assert figures.get("grad_norm/bounded_fraction") == (None if bound is None else float(bound < 0.1))
