@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.common import Quiet, Run, spread, table
 from benchmarks.floors import Shape, Tokens, phase_floors
-from benchmarks.ppo import Reached, reach
+from benchmarks.ppo import ARMS, Reached, algorithm_of, reach
 
 SHAPE = Shape(trunk=100, head=20, lora=10, layers=2, hidden=4, kv_width=2)
 TOKENS = Tokens(prompt=6, response=4, sequences=2, epochs=3)
@@ -18,6 +18,22 @@ def test_floors_by_hand():
     assert floors["scoring"] == pytest.approx((2 * (2000 + 800) + 160) / 10)
     # An epoch: trunk twice 2000, adapter 6*10*10 = 600, head twice 160, attention three times 800.
     assert floors["update"] == pytest.approx(3 * (4000 + 600 + 320 + 2400) / 10)
+
+
+@pytest.mark.parametrize(
+    ("arm", "update", "scoring"),
+    [
+        ("ours-shared", 4000 + 600 + 320 + 2400, 2),
+        ("ours-adapter", 2 * (4000 + 600 + 2400) + 320, 3),
+        # All weights of a trunk: three times 2000, no adapter; a head that trains, three times 160.
+        ("trl-default", (4000 + 600 + 2400) + (6000 + 2400) + 320, 3),
+        ("ours-full", 2 * (6000 + 2400) + 480, 3),
+    ],
+)
+def test_an_arm_has_the_floor_of_what_it_trains(arm: str, update: float, scoring: int):
+    floors = phase_floors(SHAPE, TOKENS, {"float32": 10.0, "copy": 1e9}, "float32", algorithm_of(ARMS[arm]))
+    assert floors["update"] == pytest.approx(3 * update / 10)
+    assert floors["scoring"] == pytest.approx((scoring * (2000 + 800) + 160) / 10)
 
 
 def test_a_rollout_cannot_beat_the_memory_that_it_must_read():
