@@ -44,7 +44,7 @@ class DataReport:
         return (
             f"{self.read} rows read, {refused}, {self.duplicates} duplicates, {self.overlap} also in the holdout, "
             f"{self.fit.dropped} too long, {self.fit.prompt_truncated} prompts and {self.fit.response_truncated} "
-            f"responses cut; {self.train} rows to train on, {self.holdout} held out"
+            f"responses cut; {self.train} rows to use, {self.holdout} held out"
         )
 
     def write_quarantine(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class DataReport:
         write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def check_refused(self, max_refused: float) -> None:
-        """Raises UserError where more than `max_refused` of the rows read were refused, or none is left to train on."""
+        """Raises UserError where more than `max_refused` of the rows read were refused, or none is left."""
         if len(self.refused) <= max_refused * self.read:
             self._check_train()
             return
@@ -67,4 +67,4 @@ class DataReport:
     def _check_train(self) -> None:
         if not self.train:
             paths = ", ".join(source.path for source in self.sources)
-            raise UserError(f"no rows left to train on from {paths}: {self.summary()}")
+            raise UserError(f"no rows left to use from {paths}: {self.summary()}")

@@ -128,7 +128,7 @@ def test_a_second_launch_into_the_same_folder_is_told_to_wait(project: Path, tmp
     ("arguments", "expected"),
     [
         (["sft", "sft.data.0.path=cut.jsonl.gz"], "the compressed file is damaged from here on"),
-        (["sft", "sft.data.0.path=empty.jsonl"], "no rows left to train on"),
+        (["sft", "sft.data.0.path=empty.jsonl"], "no rows left to use"),
         (["sft", "sft.data.0.columns={response: output}"], "no column 'output'; the row has prompt, response"),
         (["ppo", "ppo.reward.function=reward.py:nobody"], "no function 'nobody'"),
         (["ppo", "ppo.reward.function=reward.py:too_few"], "1 scores for 4 responses"),

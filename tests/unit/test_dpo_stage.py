@@ -231,7 +231,7 @@ def test_a_margin_is_refused_not_ignored(tmp_path: Path, policy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [([], "no rows left to train on"), ([{"prompt": "a", "response": "b"}] * 3, "chosen")],
+    [([], "no rows left to use"), ([{"prompt": "a", "response": "b"}] * 3, "chosen")],
     ids=["none", "demonstrations"],
 )
 def test_rows_that_are_no_pairs(tmp_path: Path, policy: Path, rows: list[dict[str, Any]], expected: str) -> None:

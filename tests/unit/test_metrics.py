@@ -258,6 +258,7 @@ def test_one_step_is_no_plural_and_a_resumed_stage_says_what_was_done():
 
 def test_figures_and_durations_read_well():
     assert figures_text({"loss": 0.123456, "score/mean": 2.0, "unknown": 1.0}) == "score 2 · loss 0.1235"
+    assert figures_text({"kl/ref_mean": -6e-7, "lr": 1e-6, "loss": math.nan}) == "KL 0 · loss nan · lr 1e-06"
     assert [duration(seconds) for seconds in (5, 65, 3700)] == ["5s", "1m05s", "1h01m"]
 
 

@@ -114,7 +114,7 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     assert sorted(report.lengths) == sorted(row.length for row in result.train)
     assert [refusal.origin.rpartition(":")[2] for refusal in report.refused] == ["24", "25", "26"]
     assert "no tools" in report.refused[2].reason
-    for part in ("26 rows read", "3 refused", "2 duplicates", "1 too long", f"{report.train} rows to train on"):
+    for part in ("26 rows read", "3 refused", "2 duplicates", "1 too long", f"{report.train} rows to use"):
         assert part in report.summary()
 
     report.write_quarantine(tmp_path / "quarantine.jsonl")
@@ -141,7 +141,7 @@ def test_too_many_refused_rows_stop_the_run(tmp_path: Path) -> None:
 def test_no_rows_to_train_on_is_said_with_where_they_went(tmp_path: Path) -> None:
     rows = source(tmp_path / "rows.jsonl", demonstrations(5))
     report = prepared("demonstrations", [rows], encode=encoder(max_length=2)).report
-    with pytest.raises(UserError, match=r"no rows left to train on from .*5 rows read.*5 too long"):
+    with pytest.raises(UserError, match=r"no rows left to use from .*5 rows read.*5 too long"):
         report.check_refused(0.01)
     empty = source(tmp_path / "empty.jsonl", [])
     with pytest.raises(UserError, match="0 rows read"):
