@@ -127,6 +127,27 @@ def gradients_bounded(figures: Figures) -> str | None:
     return f"most gradients are cut to ppo.max_grad_norm{norm}; where learning is slow, raise it or set it to null"
 
 
+def gradient_leaping(figures: Figures) -> str | None:
+    """PPO's gradient is more than 20 times its median, and no bound shortens it.
+
+    Adam divides by the root of a mean of squares over about 1,000 steps, so that one such gradient makes the next
+    hundreds of steps short.
+    """
+    norms = figures.get("grad_norm")
+    if norms is None or "policy/loss" not in figures or "grad_norm/bounded_fraction" in figures:
+        return None
+    *before, now = norms.last
+    if len(before) < BASELINE or not _all_finite([*before, now]):
+        return None
+    usual = statistics.median(before)
+    if now <= 20 * usual:
+        return None
+    return (
+        f"the gradient's norm leaps ({usual:.2g} -> {now:.2g}); if it happens again, set ppo.max_grad_norm to some "
+        "times the usual"
+    )
+
+
 def critic_useless(figures: Figures, share_done: float) -> str | None:
     """After a fifth of the run the critic explains less than nothing, by more than twice the standard error."""
     name = "value/explained_variance"
@@ -150,6 +171,7 @@ _ALARMS: Sequence[Callable[[Figures], str | None]] = (
     scores_constant,
     scores_saturating,
     gradients_bounded,
+    gradient_leaping,
 )
 
 

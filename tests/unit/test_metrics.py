@@ -135,7 +135,7 @@ def healthy(step: int, noise: random.Random) -> dict[str, float]:
         "score/mean": 2 * done + noise.gauss(0, 0.15),
         "score/std": 1 - 0.5 * done + noise.gauss(0, 0.05),
         "value/explained_variance": min(0.6, -0.3 + 2 * done) + noise.gauss(0, 0.1),
-        "grad_norm/bounded_fraction": max(0.0, noise.gauss(0.1, 0.1)),
+        "grad_norm": noise.lognormvariate(0.7, 0.5),
     }
 
 
@@ -175,6 +175,7 @@ BAD: list[tuple[str, str, Callable[[int, random.Random], float]]] = [
     ("scores_constant", "score/mean", lambda since, noise: 1.0),
     ("scores_saturating", "score/std", lambda since, noise: 0.8 * 0.7**since),
     ("gradients_bounded", "grad_norm/bounded_fraction", lambda since, noise: 0.8 + noise.gauss(0, 0.05)),
+    ("gradient_leaping", "grad_norm", lambda since, noise: 100.0 if since == 7 else noise.lognormvariate(0.7, 0.5)),
     ("critic_useless", "value/explained_variance", lambda since, noise: -0.5 + noise.gauss(0, 0.1)),
 ]
 
@@ -197,6 +198,21 @@ def test_what_goes_wrong_is_named_within_20_steps(
 def test_a_policy_that_collapses_at_once_is_named():
     found = alarms_of(from_step(2, "policy/entropy", lambda since, noise: 1e-6), seed=0, num_steps=10)
     assert [name for _, name in found] == ["entropy_collapsing"]
+
+
+def test_gradients_that_are_bounded_now_and_then_are_as_they_should_be():
+    def bounded(step: int, noise: random.Random) -> dict[str, float]:
+        return healthy(step, noise) | {"grad_norm/bounded_fraction": max(0.0, noise.gauss(0.2, 0.1))}
+
+    alarmed = [seed for seed in range(100) if alarms_of(bounded, seed=seed)]
+    assert len(alarmed) <= 1, alarmed
+
+
+def test_a_leap_that_a_bound_shortens_is_no_alarm():
+    def leaping(step: int, noise: random.Random) -> dict[str, float]:
+        return healthy(step, noise) | {"grad_norm/bounded_fraction": 0.1} | ({"grad_norm": 500.0} if step == 60 else {})
+
+    assert alarms_of(leaping, seed=0) == []
 
 
 def test_an_alarm_is_told_once_until_it_clears(tmp_path: Path):
