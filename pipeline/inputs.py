@@ -2,7 +2,7 @@
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -134,24 +134,23 @@ def kind_of(role: str) -> str:
     return "reward_model" if role.startswith(("reward", "score")) else "policy"
 
 
-def missing_inputs(run: Run, inputs: Mapping[str, str]) -> list[str]:
-    """One line for each input that is an unfinished stage of this run, or a path to nothing."""
+def missing_inputs(run: Run, inputs: Mapping[str, str], *, building: Collection[str] = ()) -> list[str]:
+    """One line for each input that is a path to nothing, or a stage of this run neither finished nor in `building`."""
     lines: list[str] = []
     for role, value in inputs.items():
         folder = Path(value)
-        if _is_stage(run, folder) and not (folder / MANIFEST).is_file():
-            command = "run" if folder.name == "toy" else folder.name
-            lines.append(f"{role}={folder}: this stage is not finished; run `launch {command} CONFIG` first")
-    return lines + absent_paths(run, inputs)
+        if _is_stage(run, folder):
+            if folder.name not in building and not (folder / MANIFEST).is_file():
+                lines.append(f"{role}={folder}: {_why_unfinished(run, folder.name)}")
+        elif is_path(value) and not Path(_without_function(value)).exists():
+            lines.append(f"{role}={value}: no such file or folder; paths are looked up beside the config, then here")
+    return lines
 
 
-def absent_paths(run: Run, inputs: Mapping[str, str]) -> list[str]:
-    """One line for each input that is a path to nothing; what stages of this run are to write is not looked for."""
-    return [
-        f"{role}={value}: no such file or folder; paths are looked up beside the config, then here"
-        for role, value in inputs.items()
-        if is_path(value) and not _is_stage(run, Path(value)) and not Path(_without_function(value)).exists()
-    ]
+def _why_unfinished(run: Run, stage: str) -> str:
+    if getattr(run.config, stage) is None:
+        return f"the config has no section {stage}, and no earlier launch built it; add one, or name another artifact"
+    return f"this stage is not finished; run `launch {'run' if stage == 'toy' else stage} CONFIG` first"
 
 
 def _is_stage(run: Run, folder: Path) -> bool:

@@ -85,14 +85,14 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
 def _decision(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> tuple[str, str]:
     """skip, resume or build, and why; a stage whose input is yet to be built or rebuilt is built after it."""
     inputs = stage_inputs(run, stage)
+    if missing := missing_inputs(run, inputs, building=changing):
+        raise UserError(*missing)
     after = {name for name in changing if str(run.stage_folder(name)) in inputs.values()}
     after.update(unbuilt_sources(run, stage))
     if stage != "toy":
         after.update(name for name in changing if name == "toy" and run.config.base_model == "stage:toy")
     if after:
         return "build", f"after {', '.join(sorted(after))}"
-    if missing := missing_inputs(run, inputs):
-        raise UserError(*missing)
     decision = decide(run.stage_folder(stage), stage_facts(run, stage), resume=resume)
     return decision.action, decision.why
 

@@ -6,15 +6,15 @@ from data.errors import UserError
 from data.paths import STAGE_PREFIX
 from data.sources import source_files
 from pipeline.engines import judge_problems, stage_engine
-from pipeline.inputs import Run, absent_paths, stage_inputs
+from pipeline.inputs import Run, missing_inputs, stage_inputs
 from pipeline.plan_data import stage_sources
 
 
 def check_present(run: Run, stages: Sequence[str]) -> None:
-    """Raises UserError naming every data file, model folder, reward function and rollout engine that is not there."""
+    """Raises UserError naming every data file, model, stage, reward function and engine that will not be there."""
     problems: dict[str, None] = {}
     for stage in stages:
-        problems |= dict.fromkeys(absent_paths(run, stage_inputs(run, stage)))
+        problems |= dict.fromkeys(missing_inputs(run, stage_inputs(run, stage), building=stages))
         for source in stage_sources(run, stage):
             if source.path.startswith(STAGE_PREFIX):
                 continue

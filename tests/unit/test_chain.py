@@ -236,6 +236,20 @@ def test_a_stage_alone_needs_its_input_finished(world: World):
     assert not (world.out / "rm").exists()
 
 
+def test_a_stage_that_nobody_builds_is_missed_before_the_first_begins(world: World):
+    world.tree["rm"] = None
+    with pytest.raises(UserError, match=r"reward.0=.*/rm: the config has no section rm") as caught:
+        world.launch()
+    assert len(caught.value.problems) == 1  # not sft, which this launch would have built
+    assert not (world.out / "sft").exists()
+
+
+def test_a_stage_that_an_earlier_launch_built_needs_no_section(world: World):
+    world.launch("sft", "rm")
+    world.tree["rm"] = None
+    assert [outcome.action for outcome in world.launch("ppo")] == ["built"]
+
+
 def test_a_wrong_kind_of_artifact_is_refused(world: World):
     world.launch("sft")
     world.tree["ppo"]["reward"] = {"model": str(world.out / "sft")}
