@@ -28,11 +28,18 @@ REWARD = "def score(prompts, responses, rows):\n    return [len(set(each)) - 0.3
 MEASURED = ("time/", "throughput/", "memory/", "seconds")
 
 
-@pytest.mark.parametrize(("advantage", "samples"), [("grpo", 8), ("rloo", 8), ("rloo", 2), ("reinforce++", 1)])
+@pytest.mark.parametrize(
+    ("advantage", "samples", "max_grad_norm"),
+    [("grpo", 8, 1.0), ("rloo", 8, None), ("rloo", 2, None), ("reinforce++", 1, None)],
+)
 def test_an_estimator_without_a_critic_reaches_the_kl_regularised_optimum(
-    tmp_path: Path, advantage: str, samples: int
+    tmp_path: Path, advantage: str, samples: int, max_grad_norm: float | None
 ) -> None:
-    """Total variation to the optimum at the end within `BOUND`; the reference is at least three times as far."""
+    """Total variation to the optimum at the end within `BOUND`; the reference is at least three times as far.
+
+    grpo divides by each group's own deviation, so its gradients do not shrink near the optimum: without a bound it
+    stays 0.02 to 0.05 away (seeds 0 to 3), with one 0.02.
+    """
     out = train(
         tmp_path,
         [{"prompt": PROMPTS[0]}],
@@ -46,6 +53,7 @@ def test_an_estimator_without_a_critic_reaches_the_kl_regularised_optimum(
         learning_rate=1e-2,
         kl={"coef": BETA},
         gae_lambda=0.95,  # the default: another would be refused, as it has no effect
+        max_grad_norm=max_grad_norm,
     )
     reference_V = next_token(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PROMPTS[0])
     policy_V = next_token(AutoPeftModelForCausalLM.from_pretrained(out / "weights"), PROMPTS[0])
