@@ -114,19 +114,6 @@ def scores_saturating(figures: Figures) -> str | None:
     return None
 
 
-def gradients_bounded(figures: Figures) -> str | None:
-    """Most gradients of PPO are shortened to its bound.
-
-    An update's first minibatches have the largest: later ones shrink as more tokens leave the clip range. A bound
-    below them all gives the stale ones the weight of the first, and takes from both the scale that Adam goes by.
-    """
-    recent = _recent(figures, "grad_norm/bounded_fraction")
-    if recent is None or statistics.fmean(recent) <= 0.5:
-        return None
-    norm = f" (norm {figures['grad_norm'].last[-1]:.2g})" if "grad_norm" in figures else ""
-    return f"most gradients are cut to ppo.max_grad_norm{norm}; where learning is slow, raise it or set it to null"
-
-
 def gradient_leaping(figures: Figures) -> str | None:
     """PPO's gradient is more than 20 times its median, and no bound shortens it.
 
@@ -170,7 +157,6 @@ _ALARMS: Sequence[Callable[[Figures], str | None]] = (
     entropy_collapsing,
     scores_constant,
     scores_saturating,
-    gradients_bounded,
     gradient_leaping,
 )
 
