@@ -141,15 +141,16 @@ def missing_inputs(run: Run, inputs: Mapping[str, str], *, building: Collection[
         folder = Path(value)
         if _is_stage(run, folder):
             if folder.name not in building and not (folder / MANIFEST).is_file():
-                lines.append(f"{role}={folder}: {_why_unfinished(run, folder.name)}")
+                lines.append(f"{role}={folder}: {why_unfinished(run, folder.name)}")
         elif is_path(value) and not Path(_without_function(value)).exists():
             lines.append(f"{role}={value}: no such file or folder; paths are looked up beside the config, then here")
     return lines
 
 
-def _why_unfinished(run: Run, stage: str) -> str:
+def why_unfinished(run: Run, stage: str) -> str:
+    """What to do about a stage that something needs and that was not built."""
     if getattr(run.config, stage) is None:
-        return f"the config has no section {stage}, and no earlier launch built it; add one, or name another artifact"
+        return f"the config has no section {stage}, and no earlier launch built it; add the section, or point elsewhere"
     return f"this stage is not finished; run `launch {'run' if stage == 'toy' else stage} CONFIG` first"
 
 

@@ -9,7 +9,7 @@ from pipeline.engines import judge_problems, stage_engine
 from pipeline.inputs import Run, missing_inputs, stage_facts, stage_inputs
 from pipeline.plan_batches import ppo_arithmetic, supervised_arithmetic
 from pipeline.plan_choices import Choice, Place, stage_choices, stage_time
-from pipeline.plan_data import DataPlan, check_data, unbuilt_sources
+from pipeline.plan_data import DataPlan, check_data, missing_sources, unbuilt_sources
 from pipeline.plan_label import given_pairs, label_arithmetic
 from pipeline.plan_memory import memory_estimate
 from pipeline.plan_time import Seconds
@@ -85,7 +85,8 @@ def _plan_stage(run: Run, stage: str, *, changing: Sequence[str], resume: Resume
 def _decision(run: Run, stage: str, *, changing: Sequence[str], resume: Resume) -> tuple[str, str]:
     """skip, resume or build, and why; a stage whose input is yet to be built or rebuilt is built after it."""
     inputs = stage_inputs(run, stage)
-    if missing := missing_inputs(run, inputs, building=changing):
+    missing = missing_inputs(run, inputs, building=changing) + missing_sources(run, stage, building=changing)
+    if missing:
         raise UserError(*missing)
     after = {name for name in changing if str(run.stage_folder(name)) in inputs.values()}
     after.update(unbuilt_sources(run, stage))

@@ -1,7 +1,7 @@
 """What a stage would read: rows counted, refused ones with reasons, lengths, and examples with their loss mask."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from data.paths import STAGE_PREFIX, in_run
 from data.prepare import Prepared, prepare_demonstrations, prepare_preferences, prepare_prompts
 from data.report import DataReport
 from data.sources import SourceConfig
-from pipeline.inputs import STAGES, Run, is_path, stage_inputs
+from pipeline.inputs import STAGES, Run, is_path, stage_inputs, why_unfinished
 from pipeline.model_files import cached_file
 from stages.dpo.labels import refuse_margins
 
@@ -74,6 +74,12 @@ def unbuilt_sources(run: Run, stage: str) -> list[str]:
     names = [source.path.removeprefix(STAGE_PREFIX) for source in stage_sources(run, stage) if _in_run(source)]
     owners = dict.fromkeys(Path(name).parts[0] for name in names)
     return [owner for owner in owners if not (run.stage_folder(owner) / MANIFEST).is_file()]
+
+
+def missing_sources(run: Run, stage: str, *, building: Collection[str]) -> list[str]:
+    """One line for each stage of this run that the rows come from, not built and not in `building`."""
+    owners = [owner for owner in unbuilt_sources(run, stage) if owner not in building]
+    return [f"{stage}: rows of stage:{owner}: {why_unfinished(run, owner)}" for owner in owners]
 
 
 def _in_run(source: SourceConfig) -> bool:

@@ -7,7 +7,7 @@ from data.paths import STAGE_PREFIX
 from data.sources import source_files
 from pipeline.engines import judge_problems, stage_engine
 from pipeline.inputs import Run, missing_inputs, stage_inputs
-from pipeline.plan_data import stage_sources
+from pipeline.plan_data import missing_sources, stage_sources
 
 
 def check_present(run: Run, stages: Sequence[str]) -> None:
@@ -15,6 +15,7 @@ def check_present(run: Run, stages: Sequence[str]) -> None:
     problems: dict[str, None] = {}
     for stage in stages:
         problems |= dict.fromkeys(missing_inputs(run, stage_inputs(run, stage), building=stages))
+        problems |= dict.fromkeys(missing_sources(run, stage, building=stages))
         for source in stage_sources(run, stage):
             if source.path.startswith(STAGE_PREFIX):
                 continue

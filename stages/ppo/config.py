@@ -113,7 +113,7 @@ class PpoConfig(TrainingSection):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         description="most of the gradient's norm, policy and critic together; 1 in OpenRLHF and verl; null: no bound, "
-        "as in the code of 2403.17031 and TRL 1.12. Below the norm of an update's first minibatches it slows learning",
+        "as in the code of 2403.17031 and TRL 1.12",
     )
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95

@@ -244,6 +244,13 @@ def test_a_stage_that_nobody_builds_is_missed_before_the_first_begins(world: Wor
     assert not (world.out / "sft").exists()
 
 
+def test_rows_that_nobody_writes_are_missed_before_the_first_stage_begins(world: World):
+    world.tree["ppo"]["prompts"] = [{"path": "stage:toy/prompts.jsonl"}]
+    with pytest.raises(UserError, match=r"^ppo: rows of stage:toy: the config has no section toy"):
+        world.launch()
+    assert not (world.out / "sft").exists()
+
+
 def test_a_stage_that_an_earlier_launch_built_needs_no_section(world: World):
     world.launch("sft", "rm")
     world.tree["rm"] = None
