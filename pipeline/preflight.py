@@ -13,9 +13,10 @@ from pipeline.plan_data import missing_sources, stage_sources
 def check_present(run: Run, stages: Sequence[str]) -> None:
     """Raises UserError naming every data file, model, stage, reward function and engine that will not be there."""
     problems: dict[str, None] = {}
-    for stage in stages:
-        problems |= dict.fromkeys(missing_inputs(run, stage_inputs(run, stage), building=stages))
-        problems |= dict.fromkeys(missing_sources(run, stage, building=stages))
+    for place, stage in enumerate(stages):
+        earlier = stages[:place]
+        problems |= dict.fromkeys(missing_inputs(run, stage_inputs(run, stage), building=earlier))
+        problems |= dict.fromkeys(missing_sources(run, stage, building=earlier))
         for source in stage_sources(run, stage):
             if source.path.startswith(STAGE_PREFIX):
                 continue

@@ -251,6 +251,13 @@ def test_rows_that_nobody_writes_are_missed_before_the_first_stage_begins(world:
     assert not (world.out / "sft").exists()
 
 
+def test_a_stage_that_is_built_only_later_is_missed_too(world: World):
+    world.tree["rm"]["policy"] = "stage:ppo"
+    with pytest.raises(UserError, match=r"policy=.*/ppo: this stage is not finished"):
+        world.launch()
+    assert not (world.out / "sft").exists()
+
+
 def test_a_stage_that_an_earlier_launch_built_needs_no_section(world: World):
     world.launch("sft", "rm")
     world.tree["rm"] = None
