@@ -139,6 +139,13 @@ def transformers_blocks() -> Iterator[None]:
 
 
 @contextmanager
+def padded_attention() -> Iterator[None]:
+    """Attention as on a GPU: documents padded together, by a fused kernel."""
+    with patch.object(attention, "SPAN_DEVICES", ()):
+        yield
+
+
+@contextmanager
 def by_the_model() -> Iterator[None]:
     """Decoding by transformers' forward pass, on the weights as they lie, adapters beside them."""
     with patch.object(decoding, "_packed_blocks", lambda model: None):
@@ -188,10 +195,22 @@ def training_comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[s
             fp32.update,
         ),
         (
-            "documents of like length padded together in attention",
+            "padded attention: documents of like length together",
             "update",
-            without(fp32.update, lambda: patch.object(attention, "BUCKET_SHARE", 0.0)),
+            without(fp32.update, padded_attention, lambda: patch.object(attention, "BUCKET_SHARE", 0.0)),
+            without(fp32.update, padded_attention),
+        ),
+        (
+            "attention on spans of documents where they stand",
+            "update",
+            without(fp32.update, padded_attention),
             fp32.update,
+        ),
+        (
+            "attention on spans of documents where they stand",
+            "scoring",
+            without(fp32.score, padded_attention),
+            fp32.score,
         ),
         ("one pass for policy and critic (`shared`)", "update", fp32.update, shared.update),
         ("bfloat16 products", "update", fp32.update, low.update),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.core.attention import Document, Layout, one_by_one, pack_layout
+from stages.core.attention import Layout, pack_layout
+from stages.core.documents import Document, one_by_one
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.errors import UserError
-from stages.core import attention
-from stages.core.attention import Layout, one_by_one, pack_layout
+from stages.core import attention, span_attention
+from stages.core.attention import Layout, pack_layout
+from stages.core.documents import one_by_one
 from stages.core.kv_cache import DecodeStep, KvCache
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch
@@ -19,6 +20,23 @@ from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
 CPU = torch.device("cpu")
 LENGTHS = [3, 40, 9, 1, 30, 12, 40]  # four buckets: 40 40 30 | 12 9 | 3 | 1, and beyond a window of 8
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "mistral": tiny_mistral}
+
+
+KERNELS = {  # SPAN_DEVICES, MERGED_TOKENS, SPAN_TOKENS, KEPT_KEYS
+    "padded": ((), 64, 128, 512),
+    "spans": (("cpu",), 64, 128, 512),
+    "short spans": (("cpu",), 10, 16, 20),  # none, some and all of: merged, cut, probabilities worked out anew
+}
+
+
+@pytest.fixture(params=KERNELS, autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How attention is worked out."""
+    devices, merged, span, kept = KERNELS[request.param]
+    monkeypatch.setattr(attention, "SPAN_DEVICES", devices)
+    monkeypatch.setattr(span_attention, "MERGED_TOKENS", merged)
+    monkeypatch.setattr(span_attention, "SPAN_TOKENS", span)
+    monkeypatch.setattr(span_attention, "KEPT_KEYS", kept)
 
 
 @pytest.fixture(params=MODELS)

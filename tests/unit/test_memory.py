@@ -113,8 +113,12 @@ def test_parts_by_hand():
 
 
 @pytest.mark.parametrize("written_out", [True, False])
-def test_activations_are_what_torch_saves(written_out: bool) -> None:
-    """Bytes that autograd keeps for the backward pass of a Llama's blocks, measured, against the formula."""
+def test_activations_are_what_torch_saves(written_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that autograd keeps for the backward pass of a Llama's blocks, measured, against the formula.
+
+    With the attention of a GPU, for which plans are made.
+    """
+    monkeypatch.setattr(attention, "SPAN_DEVICES", ())
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
     )

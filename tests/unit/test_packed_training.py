@@ -9,6 +9,7 @@ import torch
 
 from data.encoded import EncodedDemonstration
 from stages.core import attention
+from stages.core.documents import one_by_one
 from stages.core.padding import pad_right
 from stages.core.pairs import measure as measure_pairs
 from stages.core.supervised_config import SupervisedSection
@@ -62,7 +63,7 @@ def test_loss_is_the_sum_over_learned_tokens(packed_model) -> None:
 
 
 def _alone(length: int) -> attention.Layout:
-    return attention.pack_layout(attention.one_by_one([length]), torch.device("cpu"))
+    return attention.pack_layout(one_by_one([length]), torch.device("cpu"))
 
 
 def test_neighbours_change_nothing(packed_model) -> None:

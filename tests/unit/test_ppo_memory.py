@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scoring_and_update_never_hold_tokens_times_vocabulary(
     base: Path, monkeypatch: pytest.MonkeyPatch, critic: str, length: int
 ) -> None:
-    """The bound: one chunk of logits, one copy of the head, or one activation of all tokens, whichever is largest."""
+    """The bound: a chunk of logits, a copy of the head, an activation of all tokens, or a span's attention scores."""
     bank = make_bank(base, critic)
     head_VD = bank.policy.trunk.lm_head.weight
     vocabulary, hidden = head_VD.shape
@@ -42,7 +42,9 @@ def test_scoring_and_update_never_hold_tokens_times_vocabulary(
     experience = make_experience(bank, base, config)
     batch = experience.responses.batch(range(len(experience.score_B)), CPU)
     widest = bank.policy.trunk.model.config.intermediate_size
-    bound = max(VOCABULARY_ROWS * vocabulary, vocabulary * hidden, batch.packed.tokens_1N.numel() * widest)
+    heads = bank.policy.trunk.model.config.num_attention_heads
+    scores = heads * max(span.own * (span.seen + span.own) for span in batch.packed.layout.spans.all)
+    bound = max(VOCABULARY_ROWS * vocabulary, vocabulary * hidden, batch.packed.tokens_1N.numel() * widest, scores)
     with Largest() as largest:
         bank.ref_logprobs(batch)
         with torch.no_grad():
