@@ -50,7 +50,7 @@ class Layout:
 def pack_layout(documents: Sequence[Document], device: torch.device, cache: KvCache | None = None) -> Layout:
     """The layout of packed documents; with `cache`, a prefill that fills it."""
     if cache is not None:
-        cache.lengths_B = torch.tensor([document.length for document in documents], device=device)
+        cache.begin(torch.tensor([document.length for document in documents], device=device))
     return Layout(tuple(documents), fills=cache, device=device)
 
 
@@ -84,7 +84,8 @@ def packed_attention(
     scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)
     dropout = float(options.get("dropout") or 0.0)
     if layout.step is not None:
-        out = layout.step.attend(layer, packed, scale=scale, window=window)
+        query, key, value = packed
+        out = layout.step.attend(layer, query, torch.stack((key, value), 1), scale=scale, window=window)
     elif query.device.type in SPAN_DEVICES and layout.fills is None and dropout == 0:
         out = SpanAttention.apply(*packed, layout.spans, scale, window)
     else:

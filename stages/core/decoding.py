@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
@@ -91,7 +91,7 @@ class PackedDecoder:
         """Last hidden states BD after one more token for each sequence of a cache, which it joins."""
         step = DecodeStep(cache)
         x_BD = self.embed(tokens_B)
-        angles = _angles(*self.rotary(x_BD, cache.lengths_B[None]))
+        angles = _angles(*self.rotary(x_BD, cache.lengths_B[None]), self.blocks[0].heads)
         for layer, block in enumerate(self.blocks):
             x_BD = block(x_BD, angles, step, layer)
         cache.advance()
@@ -115,11 +115,19 @@ class Norm:
         return (wide / length).mul_(self.weight).to(x.dtype)
 
 
-def _angles(cos_1BE: Tensor, sin_1BE: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines B1E and sines B1E of rotary embedding, the first half of the sines negative."""
+def _angles(cos_1BE: Tensor, sin_1BE: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines BHE of rotary embedding for queries, keys and values, which do not turn.
+
+    The first half of the sines is negative.
+    """
+    query_heads, groups = heads
     signs_E = torch.ones(sin_1BE.shape[-1], dtype=sin_1BE.dtype)
     signs_E[: len(signs_E) // 2] = -1
-    return cos_1BE[0][:, None], (sin_1BE[0] * signs_E)[:, None]
+    turned = (each_1BE[0][:, None].expand(-1, query_heads + groups, -1) for each_1BE in (cos_1BE, sin_1BE * signs_E))
+    cos_BHE, sin_BHE = (
+        pad(each_BHE, (0, 0, 0, groups), value=rest) for each_BHE, rest in zip(turned, (1, 0), strict=True)
+    )
+    return cos_BHE, sin_BHE
 
 
 class PackedBlock:
@@ -128,7 +136,7 @@ class PackedBlock:
     def __init__(self, block: Any, groups: Sequence[Sequence[Part]]) -> None:
         attention = block.self_attn
         self.size, self.scale, self.window = attention.head_dim, attention.scaling, block.window
-        self.heads = [each.out_features // self.size for each in (attention.q_proj, attention.k_proj)]
+        self.heads = attention.q_proj.out_features // self.size, attention.k_proj.out_features // self.size
         self.attention_norm, self.feed_forward_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
         self.heads_norm: Norm | None = None
         if hasattr(attention, "q_norm"):
@@ -139,16 +147,16 @@ class PackedBlock:
         """The block's output BD."""
         # Attention is worked out in float32: the faster one on a CPU.
         heads_BHE = self.inputs(self.attention_norm(x_BD)).float().view(len(x_BD), -1, self.size)
-        both_BHE, value_BGE = heads_BHE[:, : sum(self.heads)], heads_BHE[:, sum(self.heads) :]
         if self.heads_norm is not None:
-            both_BHE = self.heads_norm(both_BHE)
-        cos_B1E, sin_B1E = angles
-        rotated_BHE = (both_BHE * cos_B1E).addcmul_(both_BHE.roll(self.size // 2, -1), sin_B1E)
-        query_BHE, key_BGE = rotated_BHE.split(self.heads, 1)
-        mixed_BHE = step.attend(layer, (query_BHE, key_BGE, value_BGE), scale=self.scale, window=self.window)
-        x_BD = self.output(mixed_BHE.flatten(1)).add_(x_BD)
+            both_BHE, value_BGE = heads_BHE.split([sum(self.heads), self.heads[1]], 1)
+            heads_BHE = torch.cat([self.heads_norm(both_BHE), value_BGE], 1)
+        cos_BHE, sin_BHE = angles
+        rotated_BHE = (heads_BHE * cos_BHE).addcmul_(heads_BHE.roll(self.size // 2, -1), sin_BHE)
+        query_BHE, new_BHE = rotated_BHE.split([self.heads[0], 2 * self.heads[1]], 1)
+        mixed_BHE = step.attend(layer, query_BHE, new_BHE.unflatten(1, (2, -1)), scale=self.scale, window=self.window)
+        x_BD = self.output(mixed_BHE.flatten(1), x_BD)
         gate_BF, up_BF = self.wide(self.feed_forward_norm(x_BD)).chunk(2, 1)
-        return self.down(silu(gate_BF).mul_(up_BF)).add_(x_BD)
+        return self.down(silu(gate_BF).mul_(up_BF), x_BD)
 
 
 def _packed_blocks(model: PreTrainedModel) -> list[PackedBlock] | None:

@@ -151,14 +151,14 @@ def test_a_token_changes_nothing_before_it(plain: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_decoding_over_the_cache_equals_the_whole_sequence(plain: PreTrainedModel) -> None:
-    model, sequences, prompts = packing(plain), documents([9, 20, 13]), [4, 15, 2]
-    cache = KvCache(capacity=20)
+    model, sequences, prompts = packing(plain), documents([15, 26, 13]), [4, 15, 2]
+    cache = KvCache(capacity=26)
     packed = PackedBatch.of([each[:cut] for each, cut in zip(sequences, prompts, strict=True)], CPU)
     layout = pack_layout(one_by_one(prompts), CPU, cache)
     body = backbone(model)
     body(input_ids=packed.tokens_1N, position_ids=packed.position_ids_1N, layout=layout, use_cache=False)
     whole = [backbone(plain)(input_ids=torch.tensor([each])).last_hidden_state[0] for each in sequences]
-    for step in range(5):
+    for step in range(11):  # until a window of 8 has left the first of them behind
         new = torch.tensor([[each[cut + step] for each, cut in zip(sequences, prompts, strict=True)]])
         output = body(
             input_ids=new, position_ids=cache.lengths_B[None], layout=Layout(step=DecodeStep(cache)), use_cache=False

@@ -66,16 +66,23 @@ def test_bfloat16_is_never_folded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_onednn", [True, False])
+@pytest.mark.parametrize("is_large", [True, False])
 def test_a_group_side_by_side_gives_the_outputs_of_its_parts(
-    dtype: torch.dtype, has_onednn: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, has_onednn: bool, is_large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where oneDNN lays the weights out, and where there is none, or none for this dtype on this CPU."""
+    """Where oneDNN lays the weights out, and where there is none, or none for this dtype on this CPU, or no need."""
     if not has_onednn:
         monkeypatch.setattr(products, "onednn_takes", lambda _: False)
+    monkeypatch.setattr(products, "LAID_OUT", 1 if is_large else 2**30)
     parts, x_NI = _parts(), torch.randn(FEW, INPUTS)
     lowered = [part._replace(weight_OI=part.weight_OI.to(dtype), bias_O=None) for part in parts]
     group = PackedLinears(lowered)
-    assert group.is_laid_out == (has_onednn and products.onednn_takes(dtype))
+    pays = is_large or dtype == torch.bfloat16  # which is slow by any other way
+    assert group.is_laid_out == (has_onednn and products.onednn_takes(dtype) and pays)
     expected_NP = torch.cat([_plain(x_NI, part._replace(bias_O=None)) for part in parts], 1)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.2}
     torch.testing.assert_close(group(x_NI).float(), expected_NP, **tolerance)
+    onto_NP = torch.randn(expected_NP.shape)
+    before_NP = onto_NP.to(dtype)
+    torch.testing.assert_close(group(x_NI, before_NP).float(), expected_NP + onto_NP, **tolerance)
+    assert torch.equal(before_NP, onto_NP.to(dtype))
