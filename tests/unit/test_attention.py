@@ -25,7 +25,12 @@ MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "mistral": tiny_mistral}
 KERNELS = {  # SPAN_DEVICES, MERGED_TOKENS, SPAN_TOKENS, KEPT_KEYS
     "padded": ((), 64, 128, 512),
     "spans": (("cpu",), 64, 128, 512),
-    "short spans": (("cpu",), 10, 16, 20),  # none, some and all of: merged, cut, probabilities worked out anew
+    "short spans": (
+        ("cpu",),
+        10,
+        16,
+        20,
+    ),  # documents of LENGTHS are merged, cut, and their probabilities worked out anew
 }
 
 

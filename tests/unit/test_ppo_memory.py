@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.core import logprobs
+from stages.core import logprobs, span_attention
 from stages.core.blocks import FastBlock
 from tests.largest import Largest
 from tests.tiny import tiny_model_folder
@@ -21,6 +21,7 @@ from tests.tiny_ppo import (
 )
 
 VOCABULARY_ROWS = 7  # tokens whose logits may be alive at once
+SPAN_TOKENS = 16  # of a span, whose attention scores are alive at once
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +34,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scoring_and_update_never_hold_tokens_times_vocabulary(
     base: Path, monkeypatch: pytest.MonkeyPatch, critic: str, length: int
 ) -> None:
-    """The bound: a chunk of logits, a copy of the head, an activation of all tokens, or a span's attention scores."""
+    """The bound: one chunk of logits, one copy of the head, or one activation of all tokens, whichever is largest."""
     bank = make_bank(base, critic)
     head_VD = bank.policy.trunk.lm_head.weight
     vocabulary, hidden = head_VD.shape
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", {"cpu": VOCABULARY_ROWS * vocabulary})
+    for name in ("MERGED_TOKENS", "SPAN_TOKENS"):
+        monkeypatch.setattr(span_attention, name, SPAN_TOKENS)
     config = ppo_config(response_length=length, microbatch_tokens=10_000)
     experience = make_experience(bank, base, config)
     batch = experience.responses.batch(range(len(experience.score_B)), CPU)
     widest = bank.policy.trunk.model.config.intermediate_size
-    heads = bank.policy.trunk.model.config.num_attention_heads
-    scores = heads * max(span.own * (span.seen + span.own) for span in batch.packed.layout.spans.all)
-    bound = max(VOCABULARY_ROWS * vocabulary, vocabulary * hidden, batch.packed.tokens_1N.numel() * widest, scores)
+    bound = max(VOCABULARY_ROWS * vocabulary, vocabulary * hidden, batch.packed.tokens_1N.numel() * widest)
     with Largest() as largest:
         bank.ref_logprobs(batch)
         with torch.no_grad():
