@@ -205,6 +205,17 @@ def test_bfloat16_stays_close_to_float32() -> None:
     torch.testing.assert_close(rough.float(), exact, rtol=0.05, atol=0.02)
 
 
+def test_spans_are_worked_out_in_float32_under_autocast_too() -> None:
+    inputs = [torch.randn(9, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    found: list[list[Tensor]] = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out_NHE = span_attention.SpanAttention.apply(*inputs, span_attention.Spans(one_by_one([5, 4])), None, None)
+        found.append([out_NHE, *torch.autograd.grad(out_NHE.square().sum(), inputs)])
+    for plain, lowered in zip(*found, strict=True):
+        assert torch.equal(plain, lowered)
+
+
 def test_a_model_that_passes_no_layout_is_refused() -> None:
     model = packing(tiny_llama())
     with pytest.raises(UserError, match="packing=true"):
