@@ -80,7 +80,7 @@ def packed_attention(
     upcast = query.device.type == "cpu" and query.dtype == torch.bfloat16
     # Under autocast, rotated queries and keys are float32 and values are not: one dtype for all, in the cache too.
     dtype = torch.float32 if upcast else query.dtype
-    packed = tuple(each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
+    packed = tuple(each.squeeze(0).transpose(0, 1).to(dtype) for each in (query, key, value))
     scale, window, layer = options.get("scaling"), options.get("sliding_window"), int(module.layer_idx)
     dropout = float(options.get("dropout") or 0.0)
     if layout.step is not None:

@@ -67,25 +67,28 @@ class Rotary(torch.autograd.Function):
     def forward(ctx: Any, x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
         """The rotated heads NHE."""
         ctx.save_for_backward(cos_NE, sin_NE)
-        return _rotate(x_NHE, cos_NE, sin_NE)
+        return _rotate(x_NHE, cos_NE, *_halves(sin_NE), turn=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor, None, None]:
         """The transpose: the halves of the sines change places and sign."""
         cos_NE, sin_NE = ctx.saved_tensors
-        return _rotate(grad_NHE, cos_NE, -sin_NE.roll(sin_NE.shape[-1] // 2, -1)), None, None
+        return _rotate(grad_NHE, cos_NE, *reversed(_halves(sin_NE)), turn=-1), None, None
 
 
-def _rotate(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-    half = x_NHE.shape[-1] // 2
-    (first, second), (cos_1, cos_2), (sin_1, sin_2) = (
-        (each[..., :half], each[..., half:]) for each in (x_NHE, cos_NE[:, None], sin_NE[:, None])
-    )
+def _rotate(x_NHE: Tensor, cos_NE: Tensor, sin_1_N1e: Tensor, sin_2_N1e: Tensor, *, turn: int) -> Tensor:
+    """The halves e of E, turned into each other: by the sines, or (-1) against them."""
+    (first, second), (cos_1_N1e, cos_2_N1e) = x_NHE.chunk(2, 2), _halves(cos_NE)
     out_NHE = torch.empty_like(x_NHE, memory_format=torch.contiguous_format)
-    torch.mul(first, cos_1, out=out_NHE[..., :half]).addcmul_(second, sin_1, value=-1)
-    torch.mul(second, cos_2, out=out_NHE[..., half:]).addcmul_(first, sin_2)
+    out_1, out_2 = out_NHE.chunk(2, 2)
+    torch.mul(first, cos_1_N1e, out=out_1).addcmul_(second, sin_1_N1e, value=-turn)
+    torch.mul(second, cos_2_N1e, out=out_2).addcmul_(first, sin_2_N1e, value=turn)
     return out_NHE
+
+
+def _halves(angles_NE: Tensor) -> tuple[Tensor, ...]:
+    return angles_NE[:, None].chunk(2, 2)
 
 
 class NormedProjections(torch.autograd.Function):
@@ -173,10 +176,10 @@ class FastBlock(nn.Module):
         layout = options.get("layout")
         if not isinstance(layout, Layout):
             return super().forward(hidden_states, **options)
-        x_ND = hidden_states[0]
+        x_ND = hidden_states.squeeze(0)  # not [0], whose gradient is a copy among zeros
         inputs = self._attention_inputs(x_ND, *(each_1NE[0] for each_1NE in options["position_embeddings"]))
         if inputs is None:
-            mixed_ND = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0][0]
+            mixed_ND = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0].squeeze(0)
         else:
             mixed_ND = self._attend(inputs, layout).to(x_ND.dtype)
         if reads_M is not None:
@@ -205,7 +208,7 @@ class FastBlock(nn.Module):
             dropout=attention.attention_dropout if attention.training else 0.0,
             layout=layout,
         )
-        return mixed_1NHE[0].flatten(1)
+        return mixed_1NHE.squeeze(0).flatten(1)
 
     def _attention_inputs(self, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Query, key and value NHE."""

@@ -90,7 +90,7 @@ def project_back(
     lows_RI = _lows(parts, x_NI.dtype)
     if low_NR is None and lows_RI is not None:
         low_NR = x_NI @ lows_RI.T
-    grad_NR = None if lows_RI is None else torch.cat(list(map(_low_gradient, grads, parts)), 1)
+    grad_NR = None if lows_RI is None else _low_gradients(grads, parts)
     grad_x = None
     if input_needed:
         folds = _folds(x_NI, parts)
@@ -100,12 +100,15 @@ def project_back(
             grad_x.addmm_(grad_NO, weight_OI)
         if not folds and grad_NR is not None and lows_RI is not None:
             grad_x.addmm_(grad_NR, lows_RI)
+    lows_needed = any(needs[2::TENSORS]) and grad_NR is not None
+    found_RI = grad_NR.T @ x_NI if lows_needed else None
     found: list[Tensor | None] = []
     start = 0
     for place, (grad_NO, part) in enumerate(zip(grads, parts, strict=True)):
-        ranks = slice(start, start + part.rank)
-        low_Nr, grad_Nr = (None if each_NR is None else each_NR[:, ranks] for each_NR in (low_NR, grad_NR))
-        found += _part_gradients(x_NI, grad_NO, part, (low_Nr, grad_Nr), needs[place * TENSORS : (place + 1) * TENSORS])
+        ranks, own_needs = slice(start, start + part.rank), needs[place * TENSORS : (place + 1) * TENSORS]
+        low_Nr = None if low_NR is None else low_NR[:, ranks]
+        found_rI = None if found_RI is None else found_RI[ranks]
+        found += _part_gradients(x_NI, grad_NO, part, (low_Nr, found_rI), own_needs)
         start += part.rank
     return grad_x, found
 
@@ -113,16 +116,16 @@ def project_back(
 def _part_gradients(
     x_NI: Tensor, grad_NO: Tensor, part: Part, lows: tuple[Tensor | None, Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of weight, bias, A and B; `lows` are x A' and its gradient."""
-    low_Nr, grad_Nr = lows
+    """Gradients of weight, bias, A and B; `lows` are x A' and the gradient of A."""
+    low_Nr, found_rI = lows
     weight, bias, low, high = needs
     found: list[Tensor | None] = [None] * TENSORS
     if weight:
         found[0] = grad_NO.T @ x_NI
     if bias and part.bias_O is not None:
         found[1] = grad_NO.sum(0)
-    if low and part.low_rI is not None and grad_Nr is not None:
-        found[2] = (grad_Nr.T @ x_NI).to(part.low_rI.dtype)
+    if low and part.low_rI is not None and found_rI is not None:
+        found[2] = found_rI.to(part.low_rI.dtype)
     if high and part.high_Or is not None and low_Nr is not None:
         # r rows of O is the faster way round for a product this thin.
         found[3] = (low_Nr.T @ grad_NO).T.to(part.high_Or.dtype).mul(part.scaling)
@@ -134,10 +137,14 @@ def _lows(parts: Sequence[Part], dtype: torch.dtype) -> Tensor | None:
     return torch.cat(lows) if len(lows) > 1 else lows[0] if lows else None
 
 
-def _low_gradient(grad_NO: Tensor, part: Part) -> Tensor:
-    if part.high_Or is None:
-        return grad_NO.new_zeros(len(grad_NO), 0)
-    return (grad_NO @ part.high_Or.to(grad_NO.dtype)).mul_(part.scaling)
+def _low_gradients(grads: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """Gradients NR of x A' of all parts side by side."""
+    ranks = [part.rank for part in parts]
+    found_NR = grads[0].new_empty(len(grads[0]), sum(ranks))
+    for grad_NO, part, found_Nr in zip(grads, parts, found_NR.split(ranks, 1), strict=True):
+        if part.rank:
+            torch.mm(grad_NO, _scaled_high(part, grad_NO.dtype).T, out=found_Nr)
+    return found_NR
 
 
 class PackedLinears:

@@ -12,7 +12,7 @@ of the heads that share a key/value head, one head's below another's.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -57,6 +57,8 @@ class Span:
         return self.biases[window]
 
     def _bias(self, window: int | None) -> Tensor:
+        if window is None and len(self.lengths) == 1:
+            return _causal(SPAN_TOKENS)[: self.own, : self.own]
         places_Q = torch.cat([torch.arange(length) for length in self.lengths])
         owners_Q = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         distance_QK = places_Q[:, None] - places_Q
@@ -65,6 +67,12 @@ class Span:
             distance_QK = places_Q[:, None] - torch.cat([torch.arange(-self.seen, 0), places_Q])
             visible_QK = pad(visible_QK, (self.seen, 0), value=True) & (distance_QK < window)
         return torch.zeros(visible_QK.shape).masked_fill_(~visible_QK, -torch.inf)
+
+
+@cache
+def _causal(tokens: int) -> Tensor:
+    """To add to the scores of a document of this many tokens: -inf behind the diagonal, else 0."""
+    return torch.full((tokens, tokens), -torch.inf).triu_(1)
 
 
 def spans_of(documents: Sequence[Document]) -> list[Span]:
@@ -112,8 +120,11 @@ class Spans:
 
     def join(self, parts: Sequence[Tensor], tokens: int) -> Tensor:
         """NHE of each span's HQE; 0 for those of `tokens` that belong to no document."""
-        joined_HNE = torch.cat([*parts, parts[0].new_zeros(len(parts[0]), tokens - self.tokens, parts[0].shape[2])], 1)
-        return joined_HNE.transpose(0, 1)
+        heads, _, size = parts[0].shape
+        joined_NHE = parts[0].new_empty(tokens, heads, size)
+        torch.cat(list(parts), 1, out=joined_NHE[: self.tokens].transpose(0, 1))
+        joined_NHE[self.tokens :] = 0
+        return joined_NHE
 
     def join_keys(self, parts: Sequence[Tensor], tokens: int) -> Tensor:
         """NGE, the sum over all spans of their GKE."""
@@ -186,7 +197,8 @@ class SpanAttention(torch.autograd.Function):
 
 def _probabilities(query_GPE: Tensor, key_GKE: Tensor, bias_QK: Tensor) -> Tensor:
     """softmax(query key' + bias), GPK."""
-    queries, keys = bias_QK.shape
+    queries, hidden = bias_QK.shape
+    groups, keys, _ = key_GKE.shape
     scores_GPK = torch.bmm(query_GPE, key_GKE.transpose(1, 2))
-    scores_GPK.unflatten(1, (-1, queries))[..., -keys:].add_(bias_QK)
+    scores_GPK.view(groups, -1, queries, keys).narrow(3, keys - hidden, hidden).add_(bias_QK)
     return scores_GPK.softmax(2)

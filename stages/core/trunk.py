@@ -26,8 +26,8 @@ from stages.core.sequences import PackedBatch
 class Trunk:
     """A base model whose forward pass runs under a chosen adapter, or under none.
 
-    Every parameter is frozen but those named to `train`. Switching adapters never changes which parameters train:
-    peft's `set_adapter` freezes all others, so it is undone here.
+    Every parameter is frozen but those named to `train`, whichever adapter is active: peft's own `set_adapter` would
+    freeze all others, and asks every parameter of every layer, 9 ms for six layers with three adapters.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, *, autocast: bool = False) -> None:
@@ -63,6 +63,7 @@ class Trunk:
         self._tuner_layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         lora.speed_up(self.model)
         self.model.requires_grad_(False)
+        self.train(())
         self._active = name
         self.use(None)
 
@@ -100,12 +101,9 @@ class Trunk:
         if adapter == self._active:
             return
         for layer in self._tuner_layers:
-            layer.enable_adapters(adapter is not None)
+            layer._disable_adapters = adapter is None
             if adapter is not None:
-                layer.set_adapter(adapter)
-        self.model.requires_grad_(False)
-        for parameter in self.trainable:
-            parameter.requires_grad_(True)
+                layer._active_adapter = [adapter]
         self._active = adapter
 
     def decoder(self, adapter: str | None) -> Decoder:

@@ -216,6 +216,20 @@ def test_spans_are_worked_out_in_float32_under_autocast_too() -> None:
         assert torch.equal(plain, lowered)
 
 
+def test_tokens_of_no_document_get_nothing_and_give_nothing() -> None:
+    inputs = [torch.randn(9, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    spans = span_attention.Spans(one_by_one([4, 3]))
+    torch.use_deterministic_algorithms(True)  # memory that nobody fills holds nan
+    try:
+        out_NHE = span_attention.SpanAttention.apply(*inputs, spans, None, None)
+        found = [out_NHE, *torch.autograd.grad(out_NHE.sum(), inputs)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for each in found:
+        assert each[:7].abs().sum() > 0
+        assert torch.equal(each[7:], torch.zeros_like(each[7:]))
+
+
 def test_a_model_that_passes_no_layout_is_refused() -> None:
     model = packing(tiny_llama())
     with pytest.raises(UserError, match="packing=true"):

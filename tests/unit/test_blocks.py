@@ -90,6 +90,16 @@ def test_the_whole_block_runs_written_out(build: Build, monkeypatch: pytest.Monk
     assert bool(run(ours).isfinite().all())
 
 
+def test_the_rotation_and_its_gradient_are_the_plain_expression() -> None:
+    x_NHE, sin_NE, cos_NE = torch.randn(5, 3, 8, requires_grad=True), torch.randn(5, 8), torch.randn(5, 8)
+    turned_NHE = torch.cat([-x_NHE[..., 4:], x_NHE[..., :4]], 2)
+    expected_NHE = x_NHE * cos_NE[:, None] + turned_NHE * sin_NE[:, None]
+    found_NHE, weights_NHE = blocks.Rotary.apply(x_NHE, cos_NE, sin_NE), torch.randn(5, 3, 8)
+    torch.testing.assert_close(found_NHE, expected_NHE)
+    (expected,), (found,) = (torch.autograd.grad(each, [x_NHE], weights_NHE) for each in (expected_NHE, found_NHE))
+    torch.testing.assert_close(found, expected)
+
+
 def test_other_architectures_are_left_as_they_are() -> None:
     model = tiny_gpt2()
     kinds = [type(module) for module in model.modules()]
