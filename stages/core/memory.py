@@ -2,7 +2,8 @@
 
 Estimates count what must be held at once and leave out the framework's own few hundred MB. Activations follow the
 tensors a Llama block saves for its backward pass (compare Korthikanti et al. 2022, arXiv 2205.05198, sec. 4.1, for
-GPT); attention is assumed to save no score matrix, as fused kernels do not.
+GPT); attention is assumed to save no score matrix, as fused kernels do not. On a CPU it does, up to KEPT_KEYS numbers
+for each query and head (stages.core.span_attention), which is left out: estimates are for GPUs.
 """
 
 from collections.abc import Mapping
