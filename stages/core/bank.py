@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,13 @@ class PolicyBank:
     def _values(self, hidden_MD: Tensor) -> Tensor:
         assert self.value_head is not None
         return read_values(self.value_head, hidden_MD)
+
+    @torch.no_grad()
+    def scale_values(self, factor: float) -> None:
+        """Multiplies all values of the critic."""
+        assert self.value_head is not None
+        for parameter in self.value_head.parameters():
+            parameter.mul_(factor)
 
     def save_policy(self, folder: Path) -> None:
         """Writes the policy in PEFT or Hugging Face format."""
@@ -245,23 +252,19 @@ class BankBuilder:
         kind: str,
         tuning: Tuning,
         reward: RewardModel | None,
-        *,
-        init: Literal["reward", "fresh"] = "reward",
     ) -> None:
-        """Gives the bank its critic, initialised from the reward model where that is asked for and possible.
+        """Gives the bank its critic, initialised from the reward model where there is one and it fits.
 
         shared: a zero-initialised head on the policy's hidden states. adapter: LoRA and head on the frozen base, the
         reward adapter's values where it stands there. model: a copy of the reward model where it reads the policy's
-        tokens, else of the policy as it was. fresh: no critic takes anything from the reward model, and the head is
-        zero.
+        tokens, else of the policy as it was. Without a reward model the head is zero.
         """
-        start = reward if init == "reward" else None
         if kind == "adapter":
-            bank.value = self._value_adapter(tuning, start)
+            bank.value = self._value_adapter(tuning, reward)
         elif kind == "model":
-            bank.value = self._value_model(bank, tuning, start)
-        if start is not None and kind != "shared" and self._starts_from(kind, bank, start):
-            bank.value_head = copy.deepcopy(start.head)
+            bank.value = self._value_model(bank, tuning, reward)
+        if reward is not None and kind != "shared" and self._starts_from(kind, bank, reward):
+            bank.value_head = copy.deepcopy(reward.head)
         else:
             bank.value_head = _zero_head((bank.value or bank.policy).trunk, self.device)
         bank.value_head.requires_grad_(True)

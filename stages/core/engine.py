@@ -64,6 +64,10 @@ class Engine(Protocol):
         """While it is open every parameter is whole on every rank, and the models may be run outside a pass."""
         ...
 
+    def rewriting(self) -> contextlib.AbstractContextManager[None]:
+        """While it is open parameters may be given new values, the same on every rank. Before the first step only."""
+        ...
+
     def moments(self) -> dict[str, Tensor]:
         """Adam's state on the CPU: `NAME/exp_avg`, `NAME/exp_avg_sq` and `NAME/step` of each parameter that has one."""
         ...

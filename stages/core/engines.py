@@ -67,6 +67,11 @@ class PlainEngine:
         """They always are."""
         yield
 
+    @contextlib.contextmanager
+    def rewriting(self) -> Generator[None]:
+        """They always may."""
+        yield
+
     def moments(self) -> dict[str, Tensor]:
         """Adam's state; the same on every rank."""
         state = self.optimizer.state

@@ -168,6 +168,14 @@ class ZeroEngine:
                 offload._register_deepspeed_module(offload.module)
                 self.coordinators = {}  # modules are numbered anew
 
+    @contextlib.contextmanager
+    def rewriting(self) -> Generator[None]:
+        """What is written goes into the copies too that DeepSpeed steps; both are float32, so nothing is lost."""
+        trained = list(self.training.parameters.values())
+        with zero.GatheredParameters(trained, modifier_rank=0, enabled=self.stage == 3):
+            yield
+        self.sharded.refresh_fp32_params()
+
     def _slow_down(self) -> None:
         """Gives the modules that read others' weights the forward pass of their libraries."""
         for module, kind in self.fast:

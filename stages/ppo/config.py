@@ -138,10 +138,11 @@ class PpoConfig(TrainingSection):
     value_clip_range: Annotated[float, Field(gt=0)] | None = Field(
         default=0.2, description="values move at most this far from the rollout's (2403.17031, detail 11); null: freely"
     )
-    value_init: Literal["reward", "fresh"] = Field(
-        default="reward",
-        description="critics adapter and model start as the reward model where it fits (2203.02155, app. C.4); "
-        "fresh: zero head. A shared critic always starts with a zero head",
+    value_init: Literal["scaled", "reward", "fresh"] = Field(
+        default="scaled",
+        description="critics adapter and model start as the reward model where it fits (2203.02155, app. C.4); scaled: "
+        "by one factor, which fits its values to the first update's returns; fresh: zero head. A shared critic always "
+        "starts with a zero head",
     )
     bootstrap_truncated: bool = Field(
         default=False,

@@ -42,6 +42,7 @@ class Experience:
     advantages_BR: Tensor
     returns_BR: Tensor | None
     score_seconds: float
+    value_scale: float = 1.0  # that the critic was to be multiplied by: `values_BR` are, its head is not yet
     sampler_logprobs_BR: Tensor | None = None  # as the engine reported them; None: the sampler is the trainer
 
     def __post_init__(self) -> None:
@@ -83,11 +84,18 @@ class Collector:
     device: torch.device
 
     def collect(
-        self, responses: Responses, rescored: TokenOutputs | None = None, *, kl_coef: float, shaper: ScoreShaper
+        self,
+        responses: Responses,
+        rescored: TokenOutputs | None = None,
+        *,
+        kl_coef: float,
+        shaper: ScoreShaper,
+        scale_values: bool = False,
     ) -> Experience:
         """One update's experience from its responses; `shaper` counts their scores.
 
         `rescored` is what the trainer says of tokens that another program sampled; None: the policy itself sampled.
+        `scale_values`: the critic's values are multiplied by what fits them to the rewards to come.
         """
         config = self.config
         started = time.perf_counter()
@@ -102,6 +110,10 @@ class Collector:
         kl_BR = kl_estimate(logprobs_BR, ref_logprobs_BR, config.kl.estimator)
         shaped_B = shaped_scores(scores, responses, config, shaper)
         reward_BR = token_rewards(shaped_B, kl_BR, loss_mask_BR, kl_coef if config.kl.place == "reward" else 0.0)
+        scale = 1.0
+        if scale_values and values_BR is not None:
+            scale = value_scale(values_BR, reward_BR, loss_mask_BR, config.gamma)
+            values_BR, after_B = values_BR * scale, None if after_B is None else after_B * scale
         advantages_BR, returns_BR = estimate_advantages(reward_BR, values_BR, after_B, loss_mask_BR, config)
         return Experience(
             responses=responses,
@@ -114,6 +126,7 @@ class Collector:
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
             score_seconds=time.perf_counter() - started,
+            value_scale=scale,
             sampler_logprobs_BR=None if rescored is None else sampler_logprobs_BR,
         )
 
@@ -204,6 +217,19 @@ def estimate_advantages(
     if config.advantage == "rloo":
         return rloo(reward_BR, mask_BR, config.samples_per_prompt), None
     return reinforce_plus_plus(reward_BR, mask_BR, config.gamma), None
+
+
+def value_scale(values_BR: Tensor, reward_BR: Tensor, mask_BR: Tensor, gamma: float) -> float:
+    """The factor by which values fit best what rewards came after them: sum V R / sum V V over the tokens that train.
+
+    A reward model was taught to tell finished responses apart, not what to expect in the middle of one: on the
+    quickstart its values explain 0.04 of the first returns at a tenth of their size, and -3.7 as they are. 0 where
+    values point the wrong way; 1 where they are 0, so that a fresh head stays as it is.
+    """
+    _, returns_BR = gae(reward_BR, torch.zeros_like(values_BR), mask_BR, gamma=gamma, gae_lambda=1.0)
+    values_M, returns_M = values_BR[mask_BR], returns_BR[mask_BR]
+    size = float(values_M.square().sum())
+    return max(0.0, float((values_M * returns_M).sum()) / size) if size > 0 else 1.0
 
 
 def _padded(values_M: Tensor, mask_BR: Tensor) -> Tensor:

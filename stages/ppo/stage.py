@@ -118,7 +118,7 @@ def build(context: StageContext[PpoConfig], checkpoint: Checkpoint | None = None
     scorer, reward_models = builder.scorer(config.rewards, sources)
     if config.has_critic:
         reward = reward_models[0] if reward_models else None
-        builder.add_critic(bank, config.critic, tuning, reward, init=config.value_init)
+        builder.add_critic(bank, config.critic, tuning, reward if config.value_init != "fresh" else None)
     ptx = load_ptx(context, encoder, builder.device)
     state = PpoState(KlController(config.kl, config.kl.coef), ScoreShaper(config.score))
     engine = _open_engine(context, bank, checkpoint)
@@ -235,18 +235,33 @@ def train_once(ppo: Ppo) -> dict[str, float]:
         for line in ppo.rollouts.newly_lost():
             ppo.context.metrics.say(line)
         rescored, sampler_figures = _rescored(ppo, rollout, probe)
-        experience = ppo.collector.collect(rollout.responses, rescored, kl_coef=kl_coef, shaper=state.shaper)
+        experience = ppo.collector.collect(
+            rollout.responses,
+            rescored,
+            kl_coef=kl_coef,
+            shaper=state.shaper,
+            scale_values=state.update == 0 and config.value_init == "scaled",
+        )
+    scaled = _scale_critic(ppo, experience.value_scale) if experience.value_scale != 1 else {}
     release_heap()
     trained = time.perf_counter()
     figures = ppo.updater.update(experience, update, kl_coef)
     release_heap()
     update_seconds = time.perf_counter() - trained
     state.update, state.cursor = update, state.cursor + config.prompts_per_update
-    figures |= sampler_figures | _count(state, experience, rollout)
+    figures |= sampler_figures | scaled | _count(state, experience, rollout)
     figures |= importance_figures(experience, config.rollout.importance_cap)
     if update > config.critic_warmup:  # before, the policy stands on the reference and says nothing about beta
         state.kl.update(figures["kl/ref_mean"])
     return figures | {"time/update_s": update_seconds, "kl/coef": kl_coef}
+
+
+def _scale_critic(ppo: Ppo, factor: float) -> dict[str, float]:
+    """Multiplies the critic's values by a factor, before anything has trained; its figure."""
+    with ppo.updater.engine.rewriting():
+        ppo.updater.bank.scale_values(factor)
+    ppo.context.metrics.say(f"critic: the reward model's values times {factor:.3g}, which fits the first returns best")
+    return {"value/initial_scale": factor}
 
 
 def _rescored(ppo: Ppo, rollout: Rollout, probe: Responses | None) -> tuple[TokenOutputs | None, dict[str, float]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.ranks import Case, run_case, run_on_ranks
 from tests.supervised import demonstrations, preferences, write_rows
-from tests.tiny import tiny_model_folder
+from tests.tiny import tiny_adapter_folder, tiny_model_folder
 from tests.vllm import PYTHON, needs_vllm, tiny_base
 
 TOLERANCE = 1e-5
@@ -79,6 +79,8 @@ QUICK = [
     trial("ppo", FULL, "zero1"),
     trial("ppo", LORA, "zero2", critic="shared", critic_warmup=1, minibatch_size=1),
     trial("ppo", LORA, "zero3", offload="parameters"),
+    trial("ppo", LORA, "zero2", reward_model=True),
+    trial("ppo", LORA, "zero3", reward_model=True),
     trial("ppo", FULL, "zero3", critic="model", shared={"gradient_checkpointing": True}),
 ]
 MANY = [
@@ -118,6 +120,8 @@ class Bench:
         if trial.stage == "ppo":
             source = f"{self.folder / 'rewards.py'}:score"
             section["reward"] = [{"config": {"function": "rewards.py:score"}, "source": source}]
+        if section.pop("reward_model", False):  # the critic starts as it, scaled
+            section["reward"] = [{"config": {"model": "rm"}, "source": str(self.folder / "reward-model")}]
         distributed = {"strategy": strategy, "offload": trial.offload if strategy.startswith("zero") else "none"}
         shared = {"tuning": trial.tuning, "max_length": 64, **trial.shared, "distributed": distributed}
         folder = self.folder / kind / trial.name
@@ -135,7 +139,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     (folder / "rewards.py").write_text(REWARD)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Bench(folder, tiny_model_folder(folder / "base"))
+    base = tiny_model_folder(folder / "base")
+    tiny_adapter_folder(folder / "reward-model", base, head="score")
+    yield Bench(folder, base)
     torch.set_num_threads(threads)
 
 

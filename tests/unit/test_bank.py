@@ -245,15 +245,24 @@ def test_a_critic_without_a_reward_model_starts_at_zero(base: Path, sft: Path, c
 @pytest.mark.parametrize("critic", ["adapter", "model"])
 def test_a_fresh_critic_takes_nothing_from_the_reward_model(base: Path, rm: Path, critic: str) -> None:
     """It stands on the policy's own hidden states and says 0; from the reward model it would say something else."""
-    bank, reward, builder = build(base, base, critic=critic, reward=rm)
+    bank, _, _ = build(base, base, critic=critic, reward=rm)
     assert bank.values(batch()).abs().min() > 0
     again, _, _ = build(base, base, critic=critic)
-    bank, reward, builder = build(base, base, critic="shared", reward=rm)
-    builder.add_critic(bank, critic, LORA, reward, init="fresh")
+    bank, _, builder = build(base, base, critic="shared", reward=rm)
+    builder.add_critic(bank, critic, LORA, None)
     assert torch.equal(bank.values(batch()).detach(), torch.zeros(8))
     assert bank.value is not None
     assert again.value is not None
     assert torch.equal(bank.value.hidden_before(batch()), again.value.hidden_before(batch()))
+
+
+def test_scaling_the_values_leaves_the_reward_model_alone(base: Path, rm: Path) -> None:
+    bank, reward, _ = build(base, base, reward=rm)
+    assert reward is not None
+    values, scores = bank.values(batch()).detach(), reward_at_every_token(reward)
+    bank.scale_values(0.25)
+    torch.testing.assert_close(bank.values(batch()).detach(), 0.25 * values)
+    assert torch.equal(reward_at_every_token(reward), scores)
 
 
 def test_a_shared_critic_starts_at_zero_also_with_a_reward_model(base: Path, rm: Path) -> None:

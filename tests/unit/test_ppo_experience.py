@@ -80,6 +80,7 @@ def collect(
     score: ScoreFunction | Scorer = lengths,
     bank: PolicyBank | None = None,
     shaper: ScoreShaper | None = None,
+    scale_values: bool = False,
 ) -> Experience:
     bank = bank or make_bank(base, config)
     encoder = ChatEncoder(load_tokenizer(str(base)), max_length=64)
@@ -93,7 +94,8 @@ def collect(
         for row, text in enumerate(TEXTS)
     ]
     responses = sampler.respond(prompts, "train", 1, config.samples_per_prompt)
-    return collector.collect(responses, kl_coef=BETA, shaper=shaper or ScoreShaper(config.score))
+    shaper = shaper or ScoreShaper(config.score)
+    return collector.collect(responses, kl_coef=BETA, shaper=shaper, scale_values=scale_values)
 
 
 def rewards_of(experience: Experience) -> list[float]:
@@ -220,6 +222,18 @@ def test_the_bootstrap_changes_no_value_and_no_finished_response(base: Path) -> 
     torch.testing.assert_close(booted.returns_BR[finished_B], plain.returns_BR[finished_B], rtol=1e-5, atol=1e-6)
     ends_BR = (booted.returns_BR - plain.returns_BR).abs()
     assert float(ends_BR[~finished_B].min()) > 1e-4  # all of them are as long as the longest
+
+
+def test_scaled_values_are_those_of_the_critic_after_it_is_scaled(base: Path) -> None:
+    config = ppo_config(bootstrap_truncated=True, gae_lambda=0.5)
+    bank = make_bank(base, config)
+    plain, scaled = (collect(base, config, bank=bank, scale_values=each) for each in (False, True))
+    assert plain.value_scale == 1
+    assert scaled.value_scale != pytest.approx(1, abs=0.1)
+    bank.scale_values(scaled.value_scale)
+    again = collect(base, config, bank=bank)
+    for name in ("values_BR", "returns_BR", "advantages_BR"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(again, name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("advantage", ["gae", *CRITICLESS])

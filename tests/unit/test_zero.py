@@ -1,6 +1,7 @@
-"""ZeRO-3 learns the order of each kind of pass: two kinds in turns throw nothing away."""
+"""What DeepSpeed is made to do: to learn the order of each kind of pass, and to step from new values of parameters."""
 
 import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ class Modules(nn.Module):
         self.first, self.policy, self.critic = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
 
 
-def gathers(kinds: tuple[str, str], answers: "multiprocessing.SimpleQueue[Any]") -> None:
+def gathers(kinds: tuple[str, str], answers: "multiprocessing.Queue[Any]") -> None:
     """How many parameters are gathered in each round of a policy's and a critic's pass, which are of these kinds."""
     modules = Modules()
     named = dict(modules.named_parameters())
@@ -51,22 +52,45 @@ def gathers(kinds: tuple[str, str], answers: "multiprocessing.SimpleQueue[Any]")
     answers.put((counted, [each.is_complete_trace() for each in engine.coordinators.values()]))
 
 
-def found(*kinds: str) -> tuple[list[int], list[bool]]:
+def rewritten(strategy: str, answers: "multiprocessing.Queue[Any]") -> None:
+    """The weights after they were tripled and then stepped by 0.1 along a gradient of 1, and what they were before."""
+    module = nn.Linear(WIDTH, WIDTH, bias=False)
+    before = module.weight.detach().clone()
+    training = Training([module], {"weight": module.weight}, torch.optim.SGD([module.weight], lr=0.1), None)
+    engine: Any = open_engine(training, Distributed(strategy=strategy))
+    with engine.rewriting(), torch.no_grad():
+        module.weight.mul_(3)
+    engine.backward(lambda: module(torch.eye(WIDTH)).sum())
+    engine.step()
+    engine.close()
+    answers.put((module.weight.detach().tolist(), before.tolist()))
+
+
+def in_a_process(target: Callable[..., None], argument: object) -> Any:
+    """What the target puts into the queue that it gets as its last argument."""
     context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    process = context.Process(target=gathers, args=(kinds, answers))
+    answers = context.Queue()
+    process = context.Process(target=target, args=(argument, answers))
     process.start()
+    found = answers.get(timeout=120)
     process.join(120)
     assert process.exitcode == 0
-    return answers.get()
+    return found
 
 
 @pytest.mark.slow
 def test_passes_of_two_kinds_in_turns_gather_each_weight_once() -> None:
-    counted, complete = found("policy", "value")
-    as_one, complete_as_one = found("", "")
+    counted, complete = in_a_process(gathers, ("policy", "value"))
+    as_one, complete_as_one = in_a_process(gathers, ("", ""))
     assert complete == [True, True]
     assert complete_as_one == [False]
     # Two layers a pass: gathered for the forward pass, kept for the backward.
     assert counted[-1] == 2 * 2
     assert as_one[-1] > counted[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_step_goes_on_from_what_was_written(strategy: str) -> None:
+    after, before = in_a_process(rewritten, strategy)
+    torch.testing.assert_close(torch.tensor(after), 3 * torch.tensor(before) - 0.1)
