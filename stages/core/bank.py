@@ -126,11 +126,11 @@ class PolicyBank:
         return read_values(self.value_head, hidden_MD)
 
     @torch.no_grad()
-    def scale_values(self, factor: float) -> None:
-        """Multiplies all values of the critic."""
+    def rescale_values(self, factor: float, offset: float) -> None:
+        """Multiplies all values of the critic by `factor` and adds `offset`."""
         assert self.value_head is not None
-        for parameter in self.value_head.parameters():
-            parameter.mul_(factor)
+        self.value_head.weight.mul_(factor)
+        self.value_head.bias.mul_(factor).add_(offset)
 
     def save_policy(self, folder: Path) -> None:
         """Writes the policy in PEFT or Hugging Face format."""
@@ -263,11 +263,9 @@ class BankBuilder:
             bank.value = self._value_adapter(tuning, reward)
         elif kind == "model":
             bank.value = self._value_model(bank, tuning, reward)
+        bank.value_head = _zero_head((bank.value or bank.policy).trunk, self.device)
         if reward is not None and kind != "shared" and self._starts_from(kind, bank, reward):
-            bank.value_head = copy.deepcopy(reward.head)
-        else:
-            bank.value_head = _zero_head((bank.value or bank.policy).trunk, self.device)
-        bank.value_head.requires_grad_(True)
+            bank.value_head.load_state_dict(reward.head.state_dict(), strict=False)  # it may have no bias
 
     def _starts_from(self, kind: str, bank: PolicyBank, reward: RewardModel) -> bool:
         """Whether the critic can be a copy of this reward model."""
@@ -306,7 +304,7 @@ class BankBuilder:
 
 
 def _zero_head(trunk: Trunk, device: torch.device) -> nn.Linear:
-    """A value head that starts at 0 everywhere: the first advantages are those of the rewards alone."""
+    """A value head that says 0 everywhere."""
     head = nn.Linear(trunk.width, 1).to(device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -77,7 +77,7 @@ class PtxConfig(Section):
 
 # Keys that only a critic, or a discounted sum of rewards, gives a meaning.
 _CRITIC_KEYS = (
-    *("critic", "value_learning_rate", "value_coef", "value_clip_range", "value_init"),
+    *("critic", "value_learning_rate", "value_coef", "value_clip_range", "value_init", "value_fit"),
     *("critic_warmup", "gae_lambda", "bootstrap_truncated"),
 )
 
@@ -138,11 +138,15 @@ class PpoConfig(TrainingSection):
     value_clip_range: Annotated[float, Field(gt=0)] | None = Field(
         default=0.2, description="values move at most this far from the rollout's (2403.17031, detail 11); null: freely"
     )
-    value_init: Literal["scaled", "reward", "fresh"] = Field(
-        default="scaled",
-        description="critics adapter and model start as the reward model where it fits (2203.02155, app. C.4); scaled: "
-        "by one factor, which fits its values to the first update's returns; fresh: zero head. A shared critic always "
-        "starts with a zero head",
+    value_init: Literal["reward", "fresh"] = Field(
+        default="reward",
+        description="critics adapter and model start as the reward model where it fits (2203.02155, app. C.4); "
+        "fresh: zero head. A shared critic always starts with a zero head",
+    )
+    value_fit: bool = Field(
+        default=True,
+        description="before anything trains, the critic's values get the factor and the offset that fit the first "
+        "update's returns best; false: as they are, which from 0 favours early ends wherever scores are above 0",
     )
     bootstrap_truncated: bool = Field(
         default=False,

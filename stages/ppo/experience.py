@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,36 @@ from stages.core.sequences import ResponseBatch
 from stages.ppo.advantages import gae, grpo, reinforce_plus_plus, rloo, token_rewards
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import ScoreShaper, overlong_penalty
+
+
+class ValueFit(NamedTuple):
+    """The factor and the offset with which a critic's values fit best what rewards came after them.
+
+    A reward model was taught to tell finished responses apart, not what to expect in the middle of one: on the
+    quickstart its values explain -3.7 of the variance of the first returns as they are, 0.04 at a tenth of their size.
+    And a critic that says 0 where scores are above 0 on average gives the last tokens of every response, its end among
+    them, more advantage than the first, by gae_lambda a step: the policy would learn to end early.
+    """
+
+    factor: float
+    offset: float
+
+    @classmethod
+    def of(cls, values_BR: Tensor, reward_BR: Tensor, mask_BR: Tensor, gamma: float) -> "ValueFit":
+        """By least squares over the tokens that train. A factor of 0 where the values point the wrong way."""
+        _, returns_BR = gae(reward_BR, torch.zeros_like(values_BR), mask_BR, gamma=gamma, gae_lambda=1.0)
+        values_M, returns_M = values_BR[mask_BR], returns_BR[mask_BR]
+        if not len(values_M):
+            return cls(1.0, 0.0)
+        apart_M = values_M - values_M.mean()
+        spread = float(apart_M.square().sum())
+        is_constant = spread <= 1e-8 * float(values_M.square().sum())
+        factor = 1.0 if is_constant else max(0.0, float((apart_M * returns_M).sum()) / spread)
+        return cls(factor, float(returns_M.mean()) - factor * float(values_M.mean()))
+
+    def values(self, values: Tensor, where: Tensor) -> Tensor:
+        """The fitted values, 0 elsewhere."""
+        return torch.where(where, self.factor * values + self.offset, 0.0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +73,7 @@ class Experience:
     advantages_BR: Tensor
     returns_BR: Tensor | None
     score_seconds: float
-    value_scale: float = 1.0  # that the critic was to be multiplied by: `values_BR` are, its head is not yet
+    value_fit: ValueFit | None = None  # what `values_BR` have in them and the critic itself not yet
     sampler_logprobs_BR: Tensor | None = None  # as the engine reported them; None: the sampler is the trainer
 
     def __post_init__(self) -> None:
@@ -90,12 +121,12 @@ class Collector:
         *,
         kl_coef: float,
         shaper: ScoreShaper,
-        scale_values: bool = False,
+        fit_values: bool = False,
     ) -> Experience:
         """One update's experience from its responses; `shaper` counts their scores.
 
         `rescored` is what the trainer says of tokens that another program sampled; None: the policy itself sampled.
-        `scale_values`: the critic's values are multiplied by what fits them to the rewards to come.
+        `fit_values`: the critic's values are fitted to the rewards that came after them.
         """
         config = self.config
         started = time.perf_counter()
@@ -110,10 +141,12 @@ class Collector:
         kl_BR = kl_estimate(logprobs_BR, ref_logprobs_BR, config.kl.estimator)
         shaped_B = shaped_scores(scores, responses, config, shaper)
         reward_BR = token_rewards(shaped_B, kl_BR, loss_mask_BR, kl_coef if config.kl.place == "reward" else 0.0)
-        scale = 1.0
-        if scale_values and values_BR is not None:
-            scale = value_scale(values_BR, reward_BR, loss_mask_BR, config.gamma)
-            values_BR, after_B = values_BR * scale, None if after_B is None else after_B * scale
+        fit: ValueFit | None = None
+        if fit_values and values_BR is not None and after_B is not None:
+            fit = ValueFit.of(values_BR, reward_BR, loss_mask_BR, config.gamma)
+            values_BR = fit.values(values_BR, mask_BR)
+            if config.bootstrap_truncated:
+                after_B = fit.values(after_B, ~torch.tensor(responses.finished))
         advantages_BR, returns_BR = estimate_advantages(reward_BR, values_BR, after_B, loss_mask_BR, config)
         return Experience(
             responses=responses,
@@ -126,7 +159,7 @@ class Collector:
             advantages_BR=advantages_BR,
             returns_BR=returns_BR,
             score_seconds=time.perf_counter() - started,
-            value_scale=scale,
+            value_fit=fit,
             sampler_logprobs_BR=None if rescored is None else sampler_logprobs_BR,
         )
 
@@ -217,19 +250,6 @@ def estimate_advantages(
     if config.advantage == "rloo":
         return rloo(reward_BR, mask_BR, config.samples_per_prompt), None
     return reinforce_plus_plus(reward_BR, mask_BR, config.gamma), None
-
-
-def value_scale(values_BR: Tensor, reward_BR: Tensor, mask_BR: Tensor, gamma: float) -> float:
-    """The factor by which values fit best what rewards came after them: sum V R / sum V V over the tokens that train.
-
-    A reward model was taught to tell finished responses apart, not what to expect in the middle of one: on the
-    quickstart its values explain 0.04 of the first returns at a tenth of their size, and -3.7 as they are. 0 where
-    values point the wrong way; 1 where they are 0, so that a fresh head stays as it is.
-    """
-    _, returns_BR = gae(reward_BR, torch.zeros_like(values_BR), mask_BR, gamma=gamma, gae_lambda=1.0)
-    values_M, returns_M = values_BR[mask_BR], returns_BR[mask_BR]
-    size = float(values_M.square().sum())
-    return max(0.0, float((values_M * returns_M).sum()) / size) if size > 0 else 1.0
 
 
 def _padded(values_M: Tensor, mask_BR: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from stages.core.rollout.start import FOLDER, computing_dtype, start_engine
 from stages.ppo.config import PpoConfig
 from stages.ppo.control import KlController, ScoreShaper
 from stages.ppo.evaluation import Evaluation, evaluate
-from stages.ppo.experience import Collector, Experience
+from stages.ppo.experience import Collector, Experience, ValueFit
 from stages.ppo.importance import check_sampler, importance_figures, sampler_kl
 from stages.ppo.order import rows_after
 from stages.ppo.ptx import load_ptx
@@ -240,28 +240,28 @@ def train_once(ppo: Ppo) -> dict[str, float]:
             rescored,
             kl_coef=kl_coef,
             shaper=state.shaper,
-            scale_values=state.update == 0 and config.value_init == "scaled",
+            fit_values=state.update == 0 and config.value_fit,
         )
-    scaled = _scale_critic(ppo, experience.value_scale) if experience.value_scale != 1 else {}
+    fitted = {} if experience.value_fit is None else _fit_critic(ppo, experience.value_fit)
     release_heap()
     trained = time.perf_counter()
     figures = ppo.updater.update(experience, update, kl_coef)
     release_heap()
     update_seconds = time.perf_counter() - trained
     state.update, state.cursor = update, state.cursor + config.prompts_per_update
-    figures |= sampler_figures | scaled | _count(state, experience, rollout)
+    figures |= sampler_figures | fitted | _count(state, experience, rollout)
     figures |= importance_figures(experience, config.rollout.importance_cap)
     if update > config.critic_warmup:  # before, the policy stands on the reference and says nothing about beta
         state.kl.update(figures["kl/ref_mean"])
     return figures | {"time/update_s": update_seconds, "kl/coef": kl_coef}
 
 
-def _scale_critic(ppo: Ppo, factor: float) -> dict[str, float]:
-    """Multiplies the critic's values by a factor, before anything has trained; its figure."""
+def _fit_critic(ppo: Ppo, fit: ValueFit) -> dict[str, float]:
+    """Gives the critic the values that the first experience has of it, before anything has trained; its figures."""
     with ppo.updater.engine.rewriting():
-        ppo.updater.bank.scale_values(factor)
-    ppo.context.metrics.say(f"critic: the reward model's values times {factor:.3g}, which fits the first returns best")
-    return {"value/initial_scale": factor}
+        ppo.updater.bank.rescale_values(fit.factor, fit.offset)
+    ppo.context.metrics.say(f"critic: fitted to the first returns, values times {fit.factor:.3g} plus {fit.offset:.3g}")
+    return {"value/fit_factor": fit.factor, "value/fit_offset": fit.offset}
 
 
 def _rescored(ppo: Ppo, rollout: Rollout, probe: Responses | None) -> tuple[TokenOutputs | None, dict[str, float]]:

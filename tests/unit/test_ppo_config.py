@@ -27,6 +27,7 @@ CRITIC_CHANGES: list[dict[str, object]] = [
     {"gae_lambda": 1.0},
     {"bootstrap_truncated": True},
     {"value_init": "fresh"},
+    {"value_fit": False},
 ]
 
 

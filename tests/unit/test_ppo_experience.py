@@ -80,7 +80,7 @@ def collect(
     score: ScoreFunction | Scorer = lengths,
     bank: PolicyBank | None = None,
     shaper: ScoreShaper | None = None,
-    scale_values: bool = False,
+    fit_values: bool = False,
 ) -> Experience:
     bank = bank or make_bank(base, config)
     encoder = ChatEncoder(load_tokenizer(str(base)), max_length=64)
@@ -95,7 +95,7 @@ def collect(
     ]
     responses = sampler.respond(prompts, "train", 1, config.samples_per_prompt)
     shaper = shaper or ScoreShaper(config.score)
-    return collector.collect(responses, kl_coef=BETA, shaper=shaper, scale_values=scale_values)
+    return collector.collect(responses, kl_coef=BETA, shaper=shaper, fit_values=fit_values)
 
 
 def rewards_of(experience: Experience) -> list[float]:
@@ -224,16 +224,18 @@ def test_the_bootstrap_changes_no_value_and_no_finished_response(base: Path) -> 
     assert float(ends_BR[~finished_B].min()) > 1e-4  # all of them are as long as the longest
 
 
-def test_scaled_values_are_those_of_the_critic_after_it_is_scaled(base: Path) -> None:
-    config = ppo_config(bootstrap_truncated=True, gae_lambda=0.5)
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_fitted_values_are_those_of_the_critic_after_it_is_fitted(base: Path, bootstrap: bool) -> None:
+    config = ppo_config(bootstrap_truncated=bootstrap, gae_lambda=0.5)
     bank = make_bank(base, config)
-    plain, scaled = (collect(base, config, bank=bank, scale_values=each) for each in (False, True))
-    assert plain.value_scale == 1
-    assert scaled.value_scale != pytest.approx(1, abs=0.1)
-    bank.scale_values(scaled.value_scale)
+    plain, fitted = (collect(base, config, bank=bank, fit_values=each) for each in (False, True))
+    assert plain.value_fit is None
+    assert fitted.value_fit is not None
+    assert abs(fitted.value_fit.factor - 1) > 0.1 < abs(fitted.value_fit.offset)
+    bank.rescale_values(*fitted.value_fit)
     again = collect(base, config, bank=bank)
     for name in ("values_BR", "returns_BR", "advantages_BR"):
-        torch.testing.assert_close(getattr(scaled, name), getattr(again, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(fitted, name), getattr(again, name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("advantage", ["gae", *CRITICLESS])
