@@ -64,8 +64,8 @@ class Engine(Protocol):
         """While it is open every parameter is whole on every rank, and the models may be run outside a pass."""
         ...
 
-    def rewriting(self) -> contextlib.AbstractContextManager[None]:
-        """While it is open parameters may be given new values, the same on every rank. Before the first step only."""
+    def rewriting(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+        """While it is open these may be given new values, the same on every rank. Before the first step only."""
         ...
 
     def moments(self) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ class PlainEngine:
         yield
 
     @contextlib.contextmanager
-    def rewriting(self) -> Generator[None]:
+    def rewriting(self, parameters: Sequence[nn.Parameter]) -> Generator[None]:
         """They always may."""
         yield
 

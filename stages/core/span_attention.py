@@ -197,8 +197,8 @@ class SpanAttention(torch.autograd.Function):
 
 def _probabilities(query_GPE: Tensor, key_GKE: Tensor, bias_QK: Tensor) -> Tensor:
     """softmax(query key' + bias), GPK."""
-    queries, hidden = bias_QK.shape
+    queries, last = bias_QK.shape
     groups, keys, _ = key_GKE.shape
     scores_GPK = torch.bmm(query_GPE, key_GKE.transpose(1, 2))
-    scores_GPK.view(groups, -1, queries, keys).narrow(3, keys - hidden, hidden).add_(bias_QK)
+    scores_GPK.view(groups, -1, queries, keys).narrow(3, keys - last, last).add_(bias_QK)
     return scores_GPK.softmax(2)

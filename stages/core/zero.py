@@ -169,10 +169,9 @@ class ZeroEngine:
                 self.coordinators = {}  # modules are numbered anew
 
     @contextlib.contextmanager
-    def rewriting(self) -> Generator[None]:
+    def rewriting(self, parameters: Sequence[nn.Parameter]) -> Generator[None]:
         """What is written goes into the copies too that DeepSpeed steps; both are float32, so nothing is lost."""
-        trained = list(self.training.parameters.values())
-        with zero.GatheredParameters(trained, modifier_rank=0, enabled=self.stage == 3):
+        with zero.GatheredParameters(list(parameters), modifier_rank=0, enabled=self.stage == 3):
             yield
         self.sharded.refresh_fp32_params()
 

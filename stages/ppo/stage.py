@@ -258,8 +258,10 @@ def train_once(ppo: Ppo) -> dict[str, float]:
 
 def _fit_critic(ppo: Ppo, fit: ValueFit) -> dict[str, float]:
     """Gives the critic the values that the first experience has of it, before anything has trained; its figures."""
-    with ppo.updater.engine.rewriting():
-        ppo.updater.bank.rescale_values(fit.factor, fit.offset)
+    bank = ppo.updater.bank
+    assert bank.value_head is not None
+    with ppo.updater.engine.rewriting(list(bank.value_head.parameters())):
+        bank.rescale_values(fit.factor, fit.offset)
     ppo.context.metrics.say(f"critic: fitted to the first returns, values times {fit.factor:.3g} plus {fit.offset:.3g}")
     return {"value/fit_factor": fit.factor, "value/fit_offset": fit.offset}
 

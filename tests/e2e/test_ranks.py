@@ -263,7 +263,8 @@ def test_bfloat16_and_evaluation_on_two_ranks(bench: Bench) -> None:
 @pytest.mark.slow
 def test_a_run_is_resumed_on_another_number_of_ranks_and_another_strategy(bench: Bench) -> None:
     """Stopped under one strategy, gone on with under another: the run that nobody stopped, to 1e-5."""
-    sft, ppo = trial("sft", LORA, "none"), trial("ppo", FULL, "none")
+    # With seed 0 one token of an evaluation lies so near its neighbour that weights equal to 1.2e-7 sample either.
+    sft, ppo = trial("sft", LORA, "none"), trial("ppo", FULL, "none", shared={"seed": 1})
     whole = {each.stage: bench.case(each, "whole", strategy="none") for each in (sft, ppo)}
     stops = {"sft": 4, "ppo": 1}
 

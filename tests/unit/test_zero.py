@@ -58,7 +58,7 @@ def rewritten(strategy: str, answers: "multiprocessing.Queue[Any]") -> None:
     before = module.weight.detach().clone()
     training = Training([module], {"weight": module.weight}, torch.optim.SGD([module.weight], lr=0.1), None)
     engine: Any = open_engine(training, Distributed(strategy=strategy))
-    with engine.rewriting(), torch.no_grad():
+    with engine.rewriting([module.weight]), torch.no_grad():
         module.weight.mul_(3)
     engine.backward(lambda: module(torch.eye(WIDTH)).sum())
     engine.step()
