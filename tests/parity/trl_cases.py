@@ -97,9 +97,11 @@ def start(folder: Path, kind: str) -> tuple[PolicyBank, RewardModel]:
     bank = builder.policy_bank(str(folder / "base"), TUNINGS[method], TEMPERATURE)
     reward = builder.reward_model(str(folder / "reward"), "reward")
     builder.add_critic(bank, critic, TUNINGS[method], reward)
-    if critic == "adapter":
-        bank.value_head = nn.Linear(bank.policy.trunk.width, 1, bias=False)  # TRL's heads have no bias
+    ours = bank.value_head
+    bank.value_head = nn.Linear(bank.policy.trunk.width, 1, bias=False)  # TRL's heads have no bias
     with torch.no_grad():
+        if critic == "model":
+            bank.value_head.weight.copy_(ours.weight)
         for parameter in bank.trained().values():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return bank, reward
