@@ -246,13 +246,7 @@ class BankBuilder:
         trunk.add_adapter(name, config, weights)
         return RewardModel(trunk, name, score_head(head_weights, self.device), encoder, source)
 
-    def add_critic(
-        self,
-        bank: PolicyBank,
-        kind: str,
-        tuning: Tuning,
-        reward: RewardModel | None,
-    ) -> None:
+    def add_critic(self, bank: PolicyBank, kind: str, tuning: Tuning, reward: RewardModel | None) -> None:
         """Gives the bank its critic, initialised from the reward model where there is one and it fits.
 
         shared: a zero-initialised head on the policy's hidden states. adapter: LoRA and head on the frozen base, the

@@ -82,16 +82,22 @@ def run(folder: Path, base: Path, reward: Path, **section: Any) -> tuple[list[di
     return [line for line in lines if "loss" in line], load_file(weights)
 
 
-@pytest.mark.parametrize("critic", ["adapter", "model", "shared"])
-def test_the_first_update_fits_the_critic_and_no_other_does(tmp_path: Path, critic: str) -> None:
+@pytest.mark.parametrize(
+    ("critic", "init", "factor_is_1"),
+    [("adapter", "reward", False), ("model", "reward", False), ("adapter", "fresh", True), ("shared", "reward", True)],
+)
+def test_the_first_update_fits_the_critic_and_no_other_does(
+    tmp_path: Path, critic: str, init: str, factor_is_1: bool
+) -> None:
+    """Values that are 0 everywhere, as a fresh critic's and a shared one's, need no factor."""
     base = tiny_model_folder(tmp_path / "base")
     reward = tiny_adapter_folder(tmp_path / "rm", base, head="score", seed=2)
-    lines, weights = run(tmp_path / "fitted", base, reward, critic=critic)
-    raw_lines, raw_weights = run(tmp_path / "raw", base, reward, critic=critic, value_fit=False)
+    lines, weights = run(tmp_path / "fitted", base, reward, critic=critic, value_init=init)
+    raw_lines, raw_weights = run(tmp_path / "raw", base, reward, critic=critic, value_init=init, value_fit=False)
     assert ["value/fit_factor" in line for line in lines] == [True, False]
     assert not any("value/fit_factor" in line for line in raw_lines)
     factor, offset = (lines[0][f"value/fit_{name}"] for name in ("factor", "offset"))
-    assert (factor == 1) == (critic == "shared")
+    assert (factor == 1) == factor_is_1
     assert abs(offset) > 0.01
     torch.testing.assert_close(weights["value_head.0"], factor * raw_weights["value_head.0"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights["value_head.1"], torch.tensor([offset]), rtol=1e-4, atol=1e-6)
