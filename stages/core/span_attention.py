@@ -5,8 +5,8 @@ Here a span of up to some hundred queries is one product, short enough for its s
 key behind its last query. Its probabilities are kept for the backward pass: less than the padded copies that a fused
 kernel keeps of its inputs, with keys and values repeated for every head.
 
-Legend: N packed tokens, H heads, G key/value heads, E head size; of a span Q queries and K keys, P = Q x H / G queries
-of the heads that share a key/value head, one head's below another's.
+Legend: N packed tokens, H heads, G key/value heads, A = H / G heads that share one, E head size; of a span Q tokens and
+K keys, P = Q x A queries, those of a token one below the other.
 """
 
 import math
@@ -104,10 +104,11 @@ class Spans:
         """How many packed tokens belong to a document."""
         return sum(self.sizes)
 
-    def queries(self, rows_NHE: Tensor, groups: int) -> list[Tensor]:
+    def queries(self, rows_GNAE: Tensor) -> list[Tensor]:
         """GPE of each span."""
-        rows_GANE = rows_NHE[: self.tokens].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-        return [each.flatten(1, 2) for each in rows_GANE.split(self.sizes, 2)]
+        groups, _, shared, size = rows_GNAE.shape
+        rows_GPE = rows_GNAE.view(groups, -1, size)[:, : self.tokens * shared]
+        return list(rows_GPE.split([own * shared for own in self.sizes], 1))
 
     def keys(self, rows_NGE: Tensor) -> list[Tensor]:
         """GKE of each span: what is seen before its own, and its own."""
@@ -119,12 +120,13 @@ class Spans:
         ]
 
     def join(self, parts: Sequence[Tensor], tokens: int) -> Tensor:
-        """NHE of each span's HQE; 0 for those of `tokens` that belong to no document."""
-        heads, _, size = parts[0].shape
-        joined_NHE = parts[0].new_empty(tokens, heads, size)
-        torch.cat(list(parts), 1, out=joined_NHE[: self.tokens].transpose(0, 1))
-        joined_NHE[self.tokens :] = 0
-        return joined_NHE
+        """NHE of each span's GPE; 0 for those of `tokens` that belong to no document."""
+        groups, _, size = parts[0].shape
+        side_by_side = [part_GPE.view(groups, own, -1) for part_GPE, own in zip(parts, self.sizes, strict=True)]
+        joined_NGF = parts[0].new_empty(tokens, groups, side_by_side[0].shape[2])
+        torch.cat(side_by_side, 1, out=joined_NGF[: self.tokens].transpose(0, 1))
+        joined_NGF[self.tokens :] = 0
+        return joined_NGF.view(tokens, -1, size)
 
     def join_keys(self, parts: Sequence[Tensor], tokens: int) -> Tensor:
         """NGE, the sum over all spans of their GKE."""
@@ -157,37 +159,35 @@ class SpanAttention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         """What each token sees; 0 for tokens of no document."""
-        tokens, _, size = query_NHE.shape
         ctx.spans, ctx.window = spans, window
-        ctx.scale = 1 / math.sqrt(size) if scale is None else scale
-        query_NHE = query_NHE * ctx.scale
+        ctx.scale = 1 / math.sqrt(query_NHE.shape[2]) if scale is None else scale
+        query_GNAE = _by_group(query_NHE, key_NGE.shape[1], ctx.scale)
         outs: list[Tensor] = []
         kept: list[Tensor | None] = []
-        inputs = spans.queries(query_NHE, key_NGE.shape[1]), spans.keys(key_NGE), spans.keys(value_NGE)
+        inputs = spans.queries(query_GNAE), spans.keys(key_NGE), spans.keys(value_NGE)
         for query_GPE, key_GKE, value_GKE, span in zip(*inputs, spans.all, strict=True):
             probs_GPK = _probabilities(query_GPE, key_GKE, span.bias(window))
-            outs.append(torch.bmm(probs_GPK, value_GKE).view(-1, span.own, size))
+            outs.append(torch.bmm(probs_GPK, value_GKE))
             kept.append(probs_GPK if key_GKE.shape[1] <= KEPT_KEYS else None)
-        ctx.save_for_backward(query_NHE, key_NGE, value_NGE, *kept)
-        return spans.join(outs, tokens)
+        ctx.save_for_backward(query_GNAE, key_NGE, value_NGE, *kept)
+        return spans.join(outs, len(query_NHE))
 
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values."""
-        query_NHE, key_NGE, value_NGE, *kept = ctx.saved_tensors
-        spans, groups = ctx.spans, key_NGE.shape[1]
-        tokens, _, size = query_NHE.shape
+        query_GNAE, key_NGE, value_NGE, *kept = ctx.saved_tensors
+        spans, tokens = ctx.spans, len(grad_NHE)
         grads: tuple[list[Tensor], ...] = ([], [], [])
-        wide = spans.queries(query_NHE, groups), spans.queries(grad_NHE, groups)
+        wide = spans.queries(query_GNAE), spans.queries(_by_group(grad_NHE, len(query_GNAE)))
         seen = spans.keys(key_NGE), spans.keys(value_NGE)
         for query_GPE, grad_GPE, key_GKE, value_GKE, span, probs_GPK in zip(*wide, *seen, spans.all, kept, strict=True):
             if probs_GPK is None:
                 probs_GPK = _probabilities(query_GPE, key_GKE, span.bias(ctx.window))
             grad_GPK = torch.bmm(grad_GPE, value_GKE.transpose(1, 2))
             grad_GPK = torch.ops.aten._softmax_backward_data(grad_GPK, probs_GPK, 2, probs_GPK.dtype)
-            grads[0].append(torch.bmm(grad_GPK, key_GKE).view(-1, span.own, size))
+            grads[0].append(torch.bmm(grad_GPK, key_GKE))
             grads[1].append(torch.bmm(grad_GPK.transpose(1, 2), query_GPE))
             grads[2].append(torch.bmm(probs_GPK.transpose(1, 2), grad_GPE))
         grad_query = spans.join(grads[0], tokens).mul_(ctx.scale)
@@ -195,10 +195,17 @@ class SpanAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
+def _by_group(rows_NHE: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+    """A scaled copy GNAE: what shares a key/value head stands together, so a span's part of it needs no moving."""
+    rows_GNF = rows_NHE.reshape(len(rows_NHE), groups, -1).transpose(0, 1)
+    copy_GNF = torch.mul(rows_GNF, scale, out=rows_GNF.new_empty(rows_GNF.shape))
+    return copy_GNF.unflatten(2, (-1, rows_NHE.shape[2]))
+
+
 def _probabilities(query_GPE: Tensor, key_GKE: Tensor, bias_QK: Tensor) -> Tensor:
     """softmax(query key' + bias), GPK."""
     queries, last = bias_QK.shape
     groups, keys, _ = key_GKE.shape
     scores_GPK = torch.bmm(query_GPE, key_GKE.transpose(1, 2))
-    scores_GPK.view(groups, -1, queries, keys).narrow(3, keys - last, last).add_(bias_QK)
+    scores_GPK.view(groups, queries, -1, keys).narrow(3, keys - last, last).add_(bias_QK[:, None])
     return scores_GPK.softmax(2)
