@@ -42,8 +42,8 @@ def _trl(dtype: str, *, lora_critic: bool = False, tuning: str = "lora") -> dict
     return {"contestant": "trl", "dtype": dtype, "lora_critic": lora_critic, "tuning": tuning}
 
 
-def _ours(dtype: str, critic: str, *, tuning: str = "lora") -> dict[str, Any]:
-    return {"contestant": "ours", "dtype": dtype, "critic": critic, "tuning": tuning}
+def _ours(dtype: str, critic: str, *, tuning: str = "lora", samples: int = 1) -> dict[str, Any]:
+    return {"contestant": "ours", "dtype": dtype, "critic": critic, "tuning": tuning, "samples": samples}
 
 
 ARMS: Mapping[str, Mapping[str, Any]] = {
@@ -57,6 +57,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "ours-adapter-bf16": _ours("bfloat16", "adapter"),
     "ours-shared": _ours("float32", "shared"),
     "ours-shared-bf16": _ours("bfloat16", "shared"),
+    # As many responses, but four to each of a quarter of the prompts: TRL's PPO draws one.
+    "ours-adapter-x4": _ours("float32", "adapter", samples=4),
+    "ours-shared-x4": _ours("float32", "shared", samples=4),
     "ours-full": _ours("float32", "model", tuning="full"),
     "ours-full-bf16": _ours("bfloat16", "model", tuning="full"),
 }

@@ -35,6 +35,7 @@ def config(spec: Mapping[str, Any]) -> dict[str, Any]:
             # One update more than is measured: the last one also evaluates and saves.
             "updates": spec["updates"] + 1,
             "rollout_batch_size": spec["batch"],
+            "samples_per_prompt": arm["samples"],
             "minibatch_size": spec["minibatch"],
             "epochs": spec["epochs"],
             "response_length": spec["response_length"],
@@ -48,8 +49,8 @@ def config(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def records(rows: Sequence[Mapping[str, float]], batch: int) -> list[dict[str, float]]:
-    """The updates in the words that both contestants share."""
+def records(rows: Sequence[Mapping[str, float]], batch: int, samples: int) -> list[dict[str, float]]:
+    """The updates in the words that both contestants share; a prompt of several `samples` counts once."""
     updates: list[dict[str, float]] = []
     tokens_before = 0.0
     for row in rows:
@@ -61,7 +62,7 @@ def records(rows: Sequence[Mapping[str, float]], batch: int) -> list[dict[str, f
                 "other": row["seconds"] - sum(phases.values()),
                 "total": row["seconds"],
                 "cpu": row["cpu_s"],
-                "prompt_tokens": row["tokens"] - tokens_before - response,
+                "prompt_tokens": (row["tokens"] - tokens_before - response) / samples,
                 "response_tokens": response,
                 "score": row["score/mean"],
                 "explained_variance": row["value/explained_variance"],
@@ -80,7 +81,7 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     began = clock()
     recorder = run_stage("ppo", config(spec), Path.cwd() / "run")
     return {
-        "updates": records(recorder.rows[:-1], spec["batch"]),
+        "updates": records(recorder.rows[:-1], spec["batch"], spec["arm"]["samples"]),
         "seconds": clock() - began,
         "peak_bytes": resident_peak(),
         "libraries_bytes": libraries,

@@ -120,12 +120,17 @@ class Updater:
         }
 
     def _minibatches(self, count: int, update: int) -> list[list[int]]:
-        """Every epoch's minibatches: each response once an epoch, in an order of seed, update and epoch alone."""
-        size = self.config.minibatch_size
+        """Every epoch's minibatches: each response once an epoch, in an order of seed, update and epoch alone.
+
+        A prompt's samples stay together, as far as a minibatch holds them: a pass has their prompt in it once.
+        """
+        size, samples = self.config.minibatch_size, self.config.samples_per_prompt
         minibatches: list[list[int]] = []
         for epoch in range(self.config.epochs):
             generator = torch.Generator().manual_seed(rollout_seed(self.seed, "minibatches", update, epoch, 0))
-            order: list[int] = torch.randperm(count, generator=generator).tolist()
+            prompts: list[int] = torch.randperm(count // samples, generator=generator).tolist()
+            own: list[list[int]] = [torch.randperm(samples, generator=generator).tolist() for _ in prompts]
+            order = [prompt * samples + place for prompt, places in zip(prompts, own, strict=True) for place in places]
             minibatches += [order[start : start + size] for start in range(0, count, size)]
         return minibatches
 

@@ -197,6 +197,20 @@ def test_every_response_is_in_one_minibatch_an_epoch_in_an_order_of_its_own(
     assert orders(1) == first
 
 
+@pytest.mark.parametrize(("samples", "size", "prompts"), [(2, 4, 2), (4, 2, 1), (4, 4, 1), (1, 4, 4)])
+def test_samples_of_a_prompt_stay_together_in_an_order_of_their_own(
+    base: Path, samples: int, size: int, prompts: int
+) -> None:
+    bank, config = make_bank(base), ppo_config(samples_per_prompt=samples, minibatch_size=size, epochs=6)
+    minibatches = still_updater(bank, config)._minibatches(8, 1)
+    assert all(len({row // samples for row in rows}) == prompts for rows in minibatches)
+    in_order = [row for rows in minibatches for row in rows]
+    epochs = [in_order[start : start + 8] for start in range(0, len(in_order), 8)]
+    assert all(sorted(order) == list(range(8)) for order in epochs)
+    assert len({tuple(row // samples for row in order) for order in epochs}) > 1
+    assert samples == 1 or len({tuple(row for row in order if row < samples) for order in epochs}) > 1
+
+
 @pytest.mark.parametrize("field", ["advantages_BR", "returns_BR", "logprobs_BR"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(base: Path, field: str) -> None:
     bank, config = make_bank(base), ppo_config(minibatch_size=2)
