@@ -262,7 +262,8 @@ def _fit_critic(ppo: Ppo, fit: ValueFit) -> dict[str, float]:
     assert bank.value_head is not None
     with ppo.updater.engine.rewriting(list(bank.value_head.parameters())):
         bank.rescale_values(fit.factor, fit.offset)
-    ppo.context.metrics.say(f"critic: fitted to the first returns, values times {fit.factor:.3g} plus {fit.offset:.3g}")
+    fitted = f"{fit.factor:.3g} * value {fit.offset:+.3g}"
+    ppo.context.metrics.say(f"critic fitted to the first returns (ppo.value_fit): {fitted}")
     return {"value/fit_factor": fit.factor, "value/fit_offset": fit.offset}
 
 

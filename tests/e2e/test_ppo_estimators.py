@@ -29,16 +29,16 @@ MEASURED = ("time/", "throughput/", "memory/", "seconds")
 
 
 @pytest.mark.parametrize(
-    ("advantage", "samples", "max_grad_norm"),
-    [("grpo", 8, 1.0), ("rloo", 8, None), ("rloo", 2, None), ("reinforce++", 1, None)],
+    ("advantage", "samples", "learning_rate"),
+    [("grpo", 8, 5e-3), ("rloo", 8, 1e-2), ("rloo", 2, 1e-2), ("reinforce++", 1, 1e-2)],
 )
 def test_an_estimator_without_a_critic_reaches_the_kl_regularised_optimum(
-    tmp_path: Path, advantage: str, samples: int, max_grad_norm: float | None
+    tmp_path: Path, advantage: str, samples: int, learning_rate: float
 ) -> None:
     """Total variation to the optimum at the end within `BOUND`; the reference is at least three times as far.
 
-    grpo divides by each group's own deviation, so its gradients do not shrink near the optimum: without a bound it
-    stays 0.02 to 0.05 away (seeds 0 to 3), with one 0.02.
+    grpo divides by each group's own deviation, so its gradients do not shrink near the optimum: at half the rate it
+    stays 0.01 to 0.04 away (seeds 0 to 11); at the others', three of 32 lost the policy altogether.
     """
     out = train(
         tmp_path,
@@ -50,10 +50,9 @@ def test_an_estimator_without_a_critic_reaches_the_kl_regularised_optimum(
         samples_per_prompt=samples,
         minibatch_size=128,
         epochs=2,
-        learning_rate=1e-2,
+        learning_rate=learning_rate,
         kl={"coef": BETA},
         gae_lambda=0.95,  # the default: another would be refused, as it has no effect
-        max_grad_norm=max_grad_norm,
     )
     reference_V = next_token(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PROMPTS[0])
     policy_V = next_token(AutoPeftModelForCausalLM.from_pretrained(out / "weights"), PROMPTS[0])
