@@ -14,7 +14,7 @@ from data.encoded import EncodedPrompt
 from stages.core import ranks
 from stages.core.rewards import Answered
 from stages.core.rollout.protocol import Completion, EngineError, RolloutEngine, Sampling, rollout_seed
-from stages.core.sequences import ResponseBatch, split_by_budget
+from stages.core.sequences import ResponseBatch
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,23 @@ class Responses:
         return [len(prompt.tokens) + len(completion.tokens) for prompt, completion in pairs]
 
     def microbatches(self, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
-        """`rows` in groups of at most `max_tokens` prompt and response tokens."""
-        sizes = self.sizes
-        return [[rows[place] for place in group] for group in split_by_budget([sizes[row] for row in rows], max_tokens)]
+        """`rows` in consecutive groups whose batch has at most `max_tokens` tokens (a longer row stands alone).
+
+        A prompt counts once a group: a batch holds it once, however many responses to it there are.
+        """
+        groups: list[list[int]] = []
+        held: set[tuple[int, ...]] = set()
+        used = 0
+        for row in rows:
+            prompt, response = tuple(self.prompts[row].tokens), len(self.completions[row].tokens)
+            more = response if prompt in held else len(prompt) + response
+            if not groups or used + more > max_tokens:
+                groups.append([])
+                held, used, more = set(), 0, len(prompt) + response
+            groups[-1].append(row)
+            held.add(prompt)
+            used += more
+        return groups
 
     def answered(self) -> Answered:
         """The texts, for a scorer."""
