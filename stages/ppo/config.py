@@ -93,7 +93,9 @@ class PpoConfig(TrainingSection):
     rollout_batch_size: Annotated[int, Field(ge=1)] = Field(
         default=64, description="responses per update, over all ranks"
     )
-    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+    samples_per_prompt: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="responses to each prompt; they train in one minibatch, as far as it holds them"
+    )
     response_length: Annotated[int, Field(ge=1)] = Field(default=64, description="most new tokens")
     rollout: RolloutConfig = RolloutConfig()
     critic: Literal["shared", "adapter", "model"] = "adapter"
