@@ -5,6 +5,7 @@ import pytest
 from benchmarks.common import Quiet, Run, spread, table
 from benchmarks.floors import Shape, Tokens, phase_floors
 from benchmarks.ppo import ARMS, Reached, algorithm_of, reach
+from benchmarks.ppo_ours import records
 
 SHAPE = Shape(trunk=100, head=20, lora=10, layers=2, hidden=4, kv_width=2)
 TOKENS = Tokens(prompt=6, response=4, sequences=2, epochs=3)
@@ -71,3 +72,15 @@ def test_cells_and_columns():
     assert spread([0.12345]) == "0.123 [0.123-0.123]"
     assert spread([1234.5]) == "1234 [1234-1234]"
     assert table(["a", "bb"], [["ccc", "d"]]).splitlines() == ["| a   | bb |", "|-----|----|", "| ccc | d  |"]
+
+
+@pytest.mark.parametrize(("samples", "prompt_tokens"), [(1, [40.0, 48.0]), (4, [10.0, 12.0])])
+def test_a_prompt_counts_once_however_many_samples(samples: int, prompt_tokens: list[float]) -> None:
+    """Eight responses of 5 tokens, then of 6; the stage's own count has a prompt for each, and adds up."""
+    row = dict.fromkeys(
+        ("time/rollout_s", "time/score_s", "time/update_s", "seconds", "cpu_s", "score/mean", "kl/ref_mean"), 1.0
+    ) | {"value/explained_variance": 0.0, "response/eos_fraction": 1.0}
+    rows = [row | {"response/length_mean": 5.0, "tokens": 80.0}, row | {"response/length_mean": 6.0, "tokens": 176.0}]
+    updates = records(rows, batch=8, samples=samples)
+    assert [update["prompt_tokens"] for update in updates] == prompt_tokens
+    assert [update["response_tokens"] for update in updates] == [40.0, 48.0]
