@@ -176,12 +176,16 @@ class ChatEncoder:
         )
         return text.removeprefix(anchor)
 
-    def score_tokens(self, prompt: Text, response: str, *, finished: bool) -> list[int]:
-        """The ids of a generated response behind its prompt, as a reward model reads them; nothing is cut."""
+    def score_tokens(self, prompt: Text, response: str, *, finished: bool) -> tuple[list[int], int]:
+        """The ids of a generated response behind its prompt, as a reward model reads them, and how many are the prompt.
+
+        Nothing is cut.
+        """
         if not isinstance(prompt, str):
             # What the template itself puts around a response was generated too, and would stand there twice.
             response = response.removeprefix(self._lead).removesuffix(self._split_end(self._tail)[0])
-        return self.prompt_tokens(prompt) + self.response_tokens(prompt, response, finished=finished)
+        tokens = self.prompt_tokens(prompt)
+        return tokens + self.response_tokens(prompt, response, finished=finished), len(tokens)
 
     def _count(self, too_long: bool, *, kept: bool) -> None:
         self.counts.kept += kept

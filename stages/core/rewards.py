@@ -63,22 +63,34 @@ class RewardModel:
         )
 
     @torch.no_grad()
-    def score_sequences(self, sequences: Sequence[list[int]]) -> list[float]:
-        """The head's output at the last token of each sequence of token ids, in float32; each rank reads its part."""
+    def score_sequences(self, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
+        """The head's output at the last token of each sequence, in float32; each rank reads its part.
+
+        A sequence is token ids and how many of them are its prompt, which is read once for all that begin with it in
+        the same pass: let them stand beside each other.
+        """
         limit = getattr(self.trunk.model.config, "max_position_embeddings", None)
-        # Beyond its positions the model cannot read: the end of the response is what it judges.
-        sequences = [tokens[-limit:] if limit else tokens for tokens in sequences]
-        lengths = [len(tokens) for tokens in sequences]
+        sequences = [_within(tokens, prompt, limit or len(tokens)) for tokens, prompt in sequences]
+        lengths = [len(tokens) for tokens, _ in sequences]
         own = ranks.balanced_share(range(len(sequences)), lengths)
-        order = sorted(own, key=lambda row: lengths[row])
         scores: list[tuple[int, float]] = []
-        for group in split_by_budget([lengths[row] for row in order], self.batch_tokens):
-            rows = [order[place] for place in group]
-            packed = PackedBatch.of([sequences[row] for row in rows], self.trunk.device)
+        for group in split_by_budget([lengths[row] for row in own], self.batch_tokens):
+            rows = [own[place] for place in group]
+            tokens, prompts = zip(*(sequences[row] for row in rows), strict=True)
+            packed = PackedBatch.of(tokens, self.trunk.device, prompts=prompts)
             hidden_BD = self.trunk.hidden_at(packed, self.adapter, packed.last_B)
             scores_B = self.head(hidden_BD.to(self.head.weight.dtype))[:, 0].float().cpu()
             scores += zip(rows, scores_B.tolist(), strict=True)
         return [score for _, score in sorted(ranks.gather_lists(scores))]
+
+
+def _within(tokens: list[int], prompt: int, limit: int) -> tuple[list[int], int]:
+    """The last `limit` of the tokens, and how many of them are the prompt.
+
+    A model cannot read beyond its positions; the end of the response is what it judges.
+    """
+    cut = max(0, len(tokens) - limit)
+    return tokens[cut:], max(0, prompt - cut)
 
 
 @dataclass(frozen=True)

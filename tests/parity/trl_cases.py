@@ -234,7 +234,9 @@ class Run:
         rows = [[token for token in row if token != pad] for row in self.tensors["queries"].tolist()]
         prompts = [EncodedPrompt(tokens, Prompt("", origin=f"row {place}")) for place, tokens in enumerate(rows)]
         completions = self.completions()
-        judged = [[*prompt, *completion.tokens] for prompt, completion in zip(rows, completions, strict=True)]
+        judged = [
+            ([*prompt, *completion.tokens], len(prompt)) for prompt, completion in zip(rows, completions, strict=True)
+        ]
         scorer = FunctionScorer("rewards", lambda *_: reward.score_sequences(judged))
         sampling = Sampling(self.config.response_length, TEMPERATURE, (encoder.tokenizer.eos_token_id,))
         sampler = Sampler(Replay(completions), encoder, sampling, 0)

@@ -129,7 +129,7 @@ def test_views_are_the_models_they_stand_for(base: Path, sft: Path, rm: Path, st
     for prompt, response, finished, score in zip(
         ANSWERED.prompts, ANSWERED.responses, ANSWERED.finished, reward.score(ANSWERED), strict=True
     ):
-        ids = reward.encoder.score_tokens(prompt, response, finished=finished)
+        ids, _ = reward.encoder.score_tokens(prompt, response, finished=finished)
         assert score == pytest.approx(judge(input_ids=torch.tensor([ids])).logits.item(), abs=1e-5)
 
 

@@ -203,8 +203,9 @@ def test_a_reward_model_reads_the_same_ids_as_its_training_rows() -> None:
         trained_on = encode.demonstration(Demonstration(QUESTION, [say("assistant", "yes")])).tokens
         sampled = trained_on[len(encode.prompt_tokens(QUESTION)) :]
         text = encode.decode_response(sampled)
-        assert encode.score_tokens(QUESTION, text, finished=True) == trained_on
-        assert encode.score_tokens("the cat", " sat", finished=False) == encode.prompt_tokens("the cat sat")
+        question, plain = len(encode.prompt_tokens(QUESTION)), len(encode.prompt_tokens("the cat"))
+        assert encode.score_tokens(QUESTION, text, finished=True) == (trained_on, question)
+        assert encode.score_tokens("the cat", " sat", finished=False) == (encode.prompt_tokens("the cat sat"), plain)
 
 
 def test_an_end_token_in_the_text_is_not_doubled() -> None:

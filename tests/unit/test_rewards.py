@@ -13,6 +13,7 @@ from data.errors import UserError
 from stages.core import attention
 from stages.core.models import load_model
 from stages.core.rewards import Answered, FunctionScorer, RewardModel, WeightedSum, load_function, score_head
+from stages.core.sequences import PackedBatch
 from stages.core.trunk import Trunk
 from tests.tiny import tiny_model_folder
 
@@ -151,6 +152,34 @@ def test_a_reward_model_scores_the_last_token_whatever_shares_the_batch(tmp_path
         ids += [tokenizer.eos_token_id] if ANSWERED.finished[row] else []
         hidden = plain.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
         assert score == pytest.approx(model.head(hidden).item(), abs=1e-5)
+
+
+def test_a_reward_model_reads_a_prompt_once_for_all_its_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_reward_model(tmp_path)
+    read: list[list[int]] = []
+    plain = Trunk.hidden_at
+
+    def noted(trunk: Trunk, packed: PackedBatch, adapter: str | None, places: torch.Tensor) -> torch.Tensor:
+        read.append(packed.tokens_1N[0].tolist())
+        return plain(trunk, packed, adapter, places)
+
+    monkeypatch.setattr(Trunk, "hidden_at", noted)
+    prompt, other = [5, 6, 7], [5, 6, 8]
+    sequences = [([*prompt, 9], 3), ([*prompt, 10, 11], 3), ([*other, 9], 3), ([*prompt, 12], 3)]
+    together = model.score_sequences(sequences)
+    assert read.pop() == [5, 6, 7, 9, 10, 11, 5, 6, 8, 9, 12]
+    assert together == pytest.approx([model.score_sequences([each])[0] for each in sequences], abs=1e-5)
+
+
+def test_a_reward_model_reads_the_end_of_what_is_beyond_its_positions(tmp_path: Path) -> None:
+    model = tiny_reward_model(tmp_path)
+    limit = model.trunk.model.config.max_position_embeddings
+    prompt, ends = [5 + place % 7 for place in range(limit + 1)], [[9], [9], [10, 11]]
+    cut = model.score_sequences([([*prompt, *end], len(prompt)) for end in ends])
+    whole = [([*prompt, *end][-limit:], 0) for end in ends]
+    assert cut == pytest.approx([model.score_sequences([each])[0] for each in whole], abs=1e-5)
 
 
 def test_a_score_head_has_one_output() -> None:
