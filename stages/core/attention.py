@@ -20,7 +20,7 @@ from data.errors import UserError
 from stages.core.documents import Document
 from stages.core.kv_cache import DecodeStep, KvCache
 from stages.core.padded_attention import BUCKET_SHARE, Bucket, attend_padded, buckets_of
-from stages.core.span_attention import SpanAttention, Spans
+from stages.core.span_attention import SpanAttention, Spans, spans_of
 
 NAME = "packed"
 CPU = torch.device("cpu")
@@ -44,7 +44,12 @@ class Layout:
     @cached_property
     def spans(self) -> Spans:
         """The documents where they stand."""
-        return Spans(self.documents)
+        return Spans(spans_of(self.documents))
+
+    def takes_spans(self, dropout: float) -> bool:
+        """Whether attention goes by spans: there, tokens that nobody reads need not ask."""
+        is_pass = self.step is None and self.fills is None and dropout == 0
+        return is_pass and self.device.type in SPAN_DEVICES
 
 
 def pack_layout(documents: Sequence[Document], device: torch.device, cache: KvCache | None = None) -> Layout:
@@ -64,7 +69,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention output 1NHE for query 1HNE and key/value 1GNE, by the `layout` among the model's keyword arguments.
 
-    On a CPU in bfloat16 the products run in float32, which is nearly twice as fast there.
+    With `asking_M` among them queries and output are of those tokens alone, where the layout `takes_spans`. On a CPU in
+    bfloat16 the products run in float32, which is nearly twice as fast there.
     """
     layout = options.get("layout")
     if not isinstance(layout, Layout):
@@ -86,8 +92,10 @@ def packed_attention(
     if layout.step is not None:
         query, key, value = packed
         out = layout.step.attend(layer, query, torch.stack((key, value), 1), scale=scale, window=window)
-    elif query.device.type in SPAN_DEVICES and layout.fills is None and dropout == 0:
-        out = SpanAttention.apply(*packed, layout.spans, scale, window)
+    elif layout.takes_spans(dropout):
+        asking_M = options.get("asking_M")
+        spans = layout.spans.asked_by(asking_M) if isinstance(asking_M, Tensor) else layout.spans
+        out = SpanAttention.apply(*packed, spans, scale, window)
     else:
         fill = None if layout.fills is None else partial(layout.fills.fill, layer)
         out = attend_padded(packed, layout.buckets, fill, scale=scale, dropout=dropout, window=window)

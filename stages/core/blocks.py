@@ -177,19 +177,22 @@ class FastBlock(nn.Module):
         if not isinstance(layout, Layout):
             return super().forward(hidden_states, **options)
         x_ND = hidden_states.squeeze(0)  # not [0], whose gradient is a copy among zeros
-        inputs = self._attention_inputs(x_ND, *(each_1NE[0] for each_1NE in options["position_embeddings"]))
+        read_MD = x_ND if reads_M is None else x_ND.index_select(0, reads_M)
+        asking_M = reads_M if layout.takes_spans(self._dropout) else None
+        angles = [each_1NE[0] for each_1NE in options["position_embeddings"]]
+        inputs = self._attention_inputs(x_ND, None if asking_M is None else (read_MD, asking_M), angles)
         if inputs is None:
-            mixed_ND = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0].squeeze(0)
+            mixed_MD = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0].squeeze(0)
         else:
-            mixed_ND = self._attend(inputs, layout).to(x_ND.dtype)
-        if reads_M is not None:
-            x_ND, mixed_ND = x_ND.index_select(0, reads_M), mixed_ND.index_select(0, reads_M)
+            mixed_MD = self._attend(inputs, layout, asking_M).to(x_ND.dtype)
+        if reads_M is not None and len(mixed_MD) > len(reads_M):
+            mixed_MD = mixed_MD.index_select(0, reads_M)
         if inputs is not None:
-            mixed_ND = self.self_attn.o_proj(mixed_ND)
-        out_ND = self._feed_forward(x_ND + mixed_ND)
-        if reads_M is not None:
-            out_ND = out_ND.new_zeros(hidden_states.shape[1:]).index_copy(0, reads_M, out_ND)
-        return out_ND[None]
+            mixed_MD = self.self_attn.o_proj(mixed_MD)
+        out_MD = self._feed_forward(read_MD + mixed_MD)
+        if reads_M is None:
+            return out_MD[None]
+        return out_MD.new_zeros(hidden_states.shape[1:]).index_copy(0, reads_M, out_MD)[None]
 
     @property
     def window(self) -> int | None:
@@ -197,7 +200,11 @@ class FastBlock(nn.Module):
         attention = self.self_attn
         return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
-    def _attend(self, inputs: tuple[Tensor, Tensor, Tensor], layout: Layout) -> Tensor:
+    @property
+    def _dropout(self) -> float:
+        return self.self_attn.attention_dropout if self.self_attn.training else 0.0
+
+    def _attend(self, inputs: tuple[Tensor, Tensor, Tensor], layout: Layout, asking_M: Tensor | None) -> Tensor:
         attention = self.self_attn
         mixed_1NHE, _ = packed_attention(
             attention,
@@ -205,22 +212,36 @@ class FastBlock(nn.Module):
             None,
             scaling=attention.scaling,
             sliding_window=self.window,
-            dropout=attention.attention_dropout if attention.training else 0.0,
+            dropout=self._dropout,
             layout=layout,
+            asking_M=asking_M,
         )
         return mixed_1NHE.squeeze(0).flatten(1)
 
-    def _attention_inputs(self, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Query, key and value NHE."""
-        attention, norm = self.self_attn, self.input_layernorm
+    def _attention_inputs(
+        self, x_ND: Tensor, asking: tuple[Tensor, Tensor] | None, angles: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Query MHE, key and value NHE; `asking`, MD and M, are the tokens with a query where not all have one."""
+        attention = self.self_attn
         parts = parts_of(attention.q_proj, attention.k_proj, attention.v_proj)
         if parts is None or parts[0].weight_OI.dtype != x_ND.dtype:
             return None
-        outs = NormedProjections.apply(_spec(norm, parts), x_ND, norm.weight, *_tensors(parts))
-        query, key, value = (_attended(out_NO.unflatten(1, (-1, attention.head_dim))) for out_NO in outs)
+        if asking is None:
+            query, key, value = self._heads(x_ND, parts)
+            query_angles = angles
+        else:
+            asking_MD, asking_M = asking
+            (query,), (key, value) = self._heads(asking_MD, parts[:1]), self._heads(x_ND, parts[1:])
+            query_angles = [each_NE.index_select(0, asking_M) for each_NE in angles]
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
-        return Rotary.apply(query, cos_NE, sin_NE), Rotary.apply(key, cos_NE, sin_NE), value
+        return Rotary.apply(query, *query_angles), Rotary.apply(key, *angles), value
+
+    def _heads(self, x_ND: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+        """NHE of each part."""
+        norm = self.input_layernorm
+        outs = NormedProjections.apply(_spec(norm, parts), x_ND, norm.weight, *_tensors(parts))
+        return [_attended(out_NO.unflatten(1, (-1, self.self_attn.head_dim))) for out_NO in outs]
 
     def _feed_forward(self, x_ND: Tensor) -> Tensor:
         norm, mlp = self.post_attention_layernorm, self.mlp

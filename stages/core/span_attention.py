@@ -5,14 +5,14 @@ Here a span of up to some hundred queries is one product, short enough for its s
 key behind its last query. Its probabilities are kept for the backward pass: less than the padded copies that a fused
 kernel keeps of its inputs, with keys and values repeated for every head.
 
-Legend: N packed tokens, H heads, G key/value heads, A = H / G heads that share one, E head size; of a span Q tokens and
-K keys, P = Q x A queries, those of a token one below the other.
+Legend: N packed tokens, M of them ask, H heads, G key/value heads, A = H / G heads that share one, E head size; of a
+span Q tokens that ask and K keys, P = Q x A queries, those of a token one below the other.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -39,7 +39,7 @@ class Span:
 
     @property
     def own(self) -> int:
-        """Q, how many tokens stand here."""
+        """How many tokens stand here."""
         return sum(self.lengths)
 
     @property
@@ -48,7 +48,7 @@ class Span:
         return sum(each.stop - each.start for each in self.before)
 
     def bias(self, window: int | None) -> Tensor:
-        """To add to the scores of the last keys: 0 where a token sees another, else -inf.
+        """To add to the scores of the last keys where all tokens ask: 0 where one sees another, else -inf.
 
         QQ, the keys that stand here; QK where a sliding window hides others too.
         """
@@ -95,20 +95,32 @@ def spans_of(documents: Sequence[Document]) -> list[Span]:
 class Spans:
     """The spans of packed tokens, and what moves rows in and out of them."""
 
-    def __init__(self, documents: Sequence[Document]) -> None:
-        self.all = spans_of(documents)
-        self.sizes = [span.own for span in self.all]
+    def __init__(self, spans: Sequence[Span], asking: Sequence[Tensor] | None = None) -> None:
+        """`asking`: which of each span's own tokens ask; None: all of all."""
+        self.all, self.asking = spans, asking
+        self.sizes = [span.own for span in spans]
+        self.asked = self.sizes if asking is None else [len(rows_Q) for rows_Q in asking]
+        self.tokens = sum(self.sizes)  # that belong to a document
 
-    @cached_property
-    def tokens(self) -> int:
-        """How many packed tokens belong to a document."""
-        return sum(self.sizes)
+    def asked_by(self, tokens_M: Tensor) -> "Spans":
+        """The same keys and values for the queries of some tokens: of documents, each once, in their order."""
+        borders = [0, *accumulate(self.sizes)]
+        counts = torch.searchsorted(tokens_M, torch.tensor(borders)).diff().tolist()
+        parts = zip(tokens_M.split(counts), borders[:-1], strict=True)
+        return Spans(self.all, [part_Q - start for part_Q, start in parts])
 
-    def queries(self, rows_GNAE: Tensor) -> list[Tensor]:
+    def biases(self, window: int | None) -> list[Tensor]:
+        """QQ or QK of each span, the rows of the tokens that ask."""
+        whole = [span.bias(window) for span in self.all]
+        if self.asking is None:
+            return whole
+        return [bias.index_select(0, rows_Q) for bias, rows_Q in zip(whole, self.asking, strict=True)]
+
+    def queries(self, rows_GMAE: Tensor) -> list[Tensor]:
         """GPE of each span."""
-        groups, _, shared, size = rows_GNAE.shape
-        rows_GPE = rows_GNAE.view(groups, -1, size)[:, : self.tokens * shared]
-        return list(rows_GPE.split([own * shared for own in self.sizes], 1))
+        groups, _, shared, size = rows_GMAE.shape
+        sizes = [asked * shared for asked in self.asked]
+        return list(rows_GMAE.view(groups, -1, size)[:, : sum(sizes)].split(sizes, 1))
 
     def keys(self, rows_NGE: Tensor) -> list[Tensor]:
         """GKE of each span: what is seen before its own, and its own."""
@@ -119,23 +131,28 @@ class Spans:
             for span, own_GQE in zip(self.all, own, strict=True)
         ]
 
-    def join(self, parts: Sequence[Tensor], tokens: int) -> Tensor:
-        """NHE of each span's GPE; 0 for those of `tokens` that belong to no document."""
-        groups, _, size = parts[0].shape
-        side_by_side = [part_GPE.view(groups, own, -1) for part_GPE, own in zip(parts, self.sizes, strict=True)]
-        joined_NGF = parts[0].new_empty(tokens, groups, side_by_side[0].shape[2])
-        torch.cat(side_by_side, 1, out=joined_NGF[: self.tokens].transpose(0, 1))
-        joined_NGF[self.tokens :] = 0
-        return joined_NGF.view(tokens, -1, size)
+    def join(self, parts: Sequence[Tensor], shared: int, tokens: int) -> Tensor:
+        """MHE of each span's GPE, A = `shared`; 0 for those of `tokens` that belong to no document."""
+        return _joined(parts, self.asked, shared, tokens)
 
     def join_keys(self, parts: Sequence[Tensor], tokens: int) -> Tensor:
         """NGE, the sum over all spans of their GKE."""
         own = [each[:, -span.own :] if span.before else each for each, span in zip(parts, self.all, strict=True)]
-        joined_NGE = self.join(own, tokens)
+        joined_NGE = _joined(own, self.sizes, 1, tokens)
         for span, part_GKE in zip(self.all, parts, strict=True):
             for place, rows in zip(span.before, _slices(span.before), strict=True):
                 joined_NGE[place] += part_GKE[:, rows].transpose(0, 1)
         return joined_NGE
+
+
+def _joined(parts: Sequence[Tensor], sizes: Sequence[int], shared: int, tokens: int) -> Tensor:
+    """The parts' tokens one after the other, `shared` rows of a part each; 0 behind them."""
+    groups, _, size = parts[0].shape
+    side_by_side = [part.reshape(groups, own, shared * size) for part, own in zip(parts, sizes, strict=True)]
+    joined_NGF = parts[0].new_empty(tokens, groups, shared * size)
+    torch.cat(side_by_side, 1, out=joined_NGF[: sum(sizes)].transpose(0, 1))
+    joined_NGF[sum(sizes) :] = 0
+    return joined_NGF.view(tokens, -1, size)
 
 
 def _slices(pieces: Sequence[slice]) -> list[slice]:
@@ -145,13 +162,13 @@ def _slices(pieces: Sequence[slice]) -> list[slice]:
 
 
 class SpanAttention(torch.autograd.Function):
-    """Causal attention NHE of queries NHE over keys and values NGE, inside each document."""
+    """Causal attention MHE of queries MHE over keys and values NGE, inside each document; M is N where all ask."""
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # under autocast too: float32 is the faster one here
     def forward(
         ctx: Any,
-        query_NHE: Tensor,
+        query_MHE: Tensor,
         key_NGE: Tensor,
         value_NGE: Tensor,
         spans: Spans,
@@ -160,52 +177,53 @@ class SpanAttention(torch.autograd.Function):
     ) -> Tensor:
         """What each token sees; 0 for tokens of no document."""
         ctx.spans, ctx.window = spans, window
-        ctx.scale = 1 / math.sqrt(query_NHE.shape[2]) if scale is None else scale
-        query_GNAE = _by_group(query_NHE, key_NGE.shape[1], ctx.scale)
+        ctx.scale = 1 / math.sqrt(query_MHE.shape[2]) if scale is None else scale
+        query_GMAE = _by_group(query_MHE, key_NGE.shape[1], ctx.scale)
+        shared = query_GMAE.shape[2]
         outs: list[Tensor] = []
         kept: list[Tensor | None] = []
-        inputs = spans.queries(query_GNAE), spans.keys(key_NGE), spans.keys(value_NGE)
-        for query_GPE, key_GKE, value_GKE, span in zip(*inputs, spans.all, strict=True):
-            probs_GPK = _probabilities(query_GPE, key_GKE, span.bias(window))
+        inputs = spans.queries(query_GMAE), spans.keys(key_NGE), spans.keys(value_NGE), spans.biases(window)
+        for query_GPE, key_GKE, value_GKE, bias in zip(*inputs, strict=True):
+            probs_GPK = _probabilities(query_GPE, key_GKE, bias, shared)
             outs.append(torch.bmm(probs_GPK, value_GKE))
             kept.append(probs_GPK if key_GKE.shape[1] <= KEPT_KEYS else None)
-        ctx.save_for_backward(query_GNAE, key_NGE, value_NGE, *kept)
-        return spans.join(outs, len(query_NHE))
+        ctx.save_for_backward(query_GMAE, key_NGE, value_NGE, *kept)
+        return spans.join(outs, shared, len(query_MHE))
 
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, grad_NHE: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_MHE: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values."""
-        query_GNAE, key_NGE, value_NGE, *kept = ctx.saved_tensors
-        spans, tokens = ctx.spans, len(grad_NHE)
+        query_GMAE, key_NGE, value_NGE, *kept = ctx.saved_tensors
+        spans, shared = ctx.spans, query_GMAE.shape[2]
         grads: tuple[list[Tensor], ...] = ([], [], [])
-        wide = spans.queries(query_GNAE), spans.queries(_by_group(grad_NHE, len(query_GNAE)))
-        seen = spans.keys(key_NGE), spans.keys(value_NGE)
-        for query_GPE, grad_GPE, key_GKE, value_GKE, span, probs_GPK in zip(*wide, *seen, spans.all, kept, strict=True):
+        wide = spans.queries(query_GMAE), spans.queries(_by_group(grad_MHE, len(query_GMAE)))
+        seen = spans.keys(key_NGE), spans.keys(value_NGE), spans.biases(ctx.window)
+        for query_GPE, grad_GPE, key_GKE, value_GKE, bias, probs_GPK in zip(*wide, *seen, kept, strict=True):
             if probs_GPK is None:
-                probs_GPK = _probabilities(query_GPE, key_GKE, span.bias(ctx.window))
+                probs_GPK = _probabilities(query_GPE, key_GKE, bias, shared)
             grad_GPK = torch.bmm(grad_GPE, value_GKE.transpose(1, 2))
             grad_GPK = torch.ops.aten._softmax_backward_data(grad_GPK, probs_GPK, 2, probs_GPK.dtype)
             grads[0].append(torch.bmm(grad_GPK, key_GKE))
             grads[1].append(torch.bmm(grad_GPK.transpose(1, 2), query_GPE))
             grads[2].append(torch.bmm(probs_GPK.transpose(1, 2), grad_GPE))
-        grad_query = spans.join(grads[0], tokens).mul_(ctx.scale)
-        grad_key, grad_value = (spans.join_keys(each, tokens) for each in grads[1:])
+        grad_query = spans.join(grads[0], shared, len(grad_MHE)).mul_(ctx.scale)
+        grad_key, grad_value = (spans.join_keys(each, len(key_NGE)) for each in grads[1:])
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _by_group(rows_NHE: Tensor, groups: int, scale: float = 1.0) -> Tensor:
-    """A scaled copy GNAE: what shares a key/value head stands together, so a span's part of it needs no moving."""
-    rows_GNF = rows_NHE.reshape(len(rows_NHE), groups, -1).transpose(0, 1)
-    copy_GNF = torch.mul(rows_GNF, scale, out=rows_GNF.new_empty(rows_GNF.shape))
-    return copy_GNF.unflatten(2, (-1, rows_NHE.shape[2]))
+def _by_group(rows_MHE: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+    """A scaled copy GMAE: what shares a key/value head stands together, so a span's part of it needs no moving."""
+    rows_GMF = rows_MHE.reshape(len(rows_MHE), groups, -1).transpose(0, 1)
+    copy_GMF = torch.mul(rows_GMF, scale, out=rows_GMF.new_empty(rows_GMF.shape))
+    return copy_GMF.unflatten(2, (-1, rows_MHE.shape[2]))
 
 
-def _probabilities(query_GPE: Tensor, key_GKE: Tensor, bias_QK: Tensor) -> Tensor:
+def _probabilities(query_GPE: Tensor, key_GKE: Tensor, bias_QK: Tensor, shared: int) -> Tensor:
     """softmax(query key' + bias), GPK."""
     queries, last = bias_QK.shape
     groups, keys, _ = key_GKE.shape
     scores_GPK = torch.bmm(query_GPE, key_GKE.transpose(1, 2))
-    scores_GPK.view(groups, queries, -1, keys).narrow(3, keys - last, last).add_(bias_QK[:, None])
+    scores_GPK.view(groups, queries, shared, keys).narrow(3, keys - last, last).add_(bias_QK[:, None])
     return scores_GPK.softmax(2)

@@ -1,7 +1,8 @@
-"""The last block's feed-forward part on the tokens that somebody reads, and on no others.
+"""The last block on the tokens that somebody reads, as far as it can be.
 
-A reward model reads one token a sequence; policy and critic read those before response tokens. Attention needs all
-tokens of the last block. Its feed-forward part does not: nothing after it mixes tokens.
+A reward model reads one token a sequence; policy and critic read those before response tokens. Attention needs keys and
+values of all tokens in the last block, and nothing after it mixes tokens: the feed-forward part runs on the tokens that
+are read, and in the Llama family on a CPU their queries are the only ones.
 
 Legend: N packed tokens, M of them read, D hidden size.
 """
@@ -27,7 +28,7 @@ def trimmed(backbone: nn.Module, places_M: Tensor) -> Generator[None]:
     block = last_block(backbone)
     mlp = None if _is_recomputed(block) else getattr(block, "mlp", None)
     if isinstance(block, FastBlock):
-        block.reads_M = places_M
+        block.reads_M = places_M.sort().values
         try:
             yield
         finally:

@@ -207,10 +207,11 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
 def test_spans_are_worked_out_in_float32_under_autocast_too() -> None:
     inputs = [torch.randn(9, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    spans = pack_layout(one_by_one([5, 4]), CPU).spans
     found: list[list[Tensor]] = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out_NHE = span_attention.SpanAttention.apply(*inputs, span_attention.Spans(one_by_one([5, 4])), None, None)
+            out_NHE = span_attention.SpanAttention.apply(*inputs, spans, None, None)
         found.append([out_NHE, *torch.autograd.grad(out_NHE.square().sum(), inputs)])
     for plain, lowered in zip(*found, strict=True):
         assert torch.equal(plain, lowered)
@@ -218,7 +219,7 @@ def test_spans_are_worked_out_in_float32_under_autocast_too() -> None:
 
 def test_tokens_of_no_document_get_nothing_and_give_nothing() -> None:
     inputs = [torch.randn(9, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
-    spans = span_attention.Spans(one_by_one([4, 3]))
+    spans = pack_layout(one_by_one([4, 3]), CPU).spans
     torch.use_deterministic_algorithms(True)  # memory that nobody fills holds nan
     try:
         out_NHE = span_attention.SpanAttention.apply(*inputs, spans, None, None)

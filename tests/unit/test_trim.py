@@ -1,4 +1,7 @@
-"""The last block's feed-forward part on chosen tokens only: same states, same gradients, no trace left behind."""
+"""The last block on chosen tokens only, as far as it can be: same states, same gradients, no trace left behind."""
+
+import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,9 +11,10 @@ from transformers import PreTrainedModel
 from stages.core import attention, blocks
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch, ResponseBatch
+from stages.core.span_attention import SpanAttention
 from stages.core.trim import last_block, trimmed
 from stages.core.trunk import Trunk
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen3
 
 CPU = torch.device("cpu")
 SEQUENCES = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -38,20 +42,53 @@ def test_states_at_the_places_are_those_of_a_whole_pass(build: object, written_o
     assert torch.equal(whole_ND, again_ND)
 
 
-@pytest.mark.parametrize("written_out", [True, False])
-def test_gradients_are_those_of_a_whole_pass(written_out: bool) -> None:
-    def gradients(trim: bool) -> list[Tensor]:
-        trunk = Trunk(packing(tiny_llama(), written_out=written_out), CPU)
-        trunk.train(trunk.backbone.parameters())
-        packed = PackedBatch.of(SEQUENCES, CPU)
-        some_MD = trunk.hidden_at(packed, None, PLACES_M) if trim else trunk.hidden(packed, None)[PLACES_M]
-        (some_MD * torch.arange(some_MD.numel()).view_as(some_MD).sin()).sum().backward()
-        return [each.grad for each in trunk.backbone.parameters() if each.grad is not None]
+def assert_a_whole_pass_gives_the_same(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], places_M: Tensor, prompts: Sequence[int] | None = None
+) -> None:
+    """States and gradients of every parameter, of a loss that tells the places apart."""
 
-    ours, whole = gradients(True), gradients(False)
+    def outcome(trim: bool) -> list[Tensor]:
+        trunk = Trunk(copy.deepcopy(model), CPU)
+        trunk.train(trunk.backbone.parameters())
+        packed = PackedBatch.of(sequences, CPU, prompts=prompts)
+        some_MD = trunk.hidden_at(packed, None, places_M) if trim else trunk.hidden(packed, None)[places_M]
+        (some_MD * torch.arange(some_MD.numel()).view_as(some_MD).sin()).sum().backward()
+        return [some_MD.detach(), *(each.grad for each in trunk.backbone.parameters() if each.grad is not None)]
+
+    ours, whole = outcome(True), outcome(False)
     assert len(ours) == len(whole) > 10
     for mine, expected in zip(ours, whole, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_gradients_are_those_of_a_whole_pass(written_out: bool) -> None:
+    assert_a_whole_pass_gives_the_same(packing(tiny_llama(), written_out=written_out), SEQUENCES, PLACES_M)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_mistral, tiny_qwen3])
+def test_so_they_are_where_documents_are_cut_share_a_prompt_or_have_nobody_who_asks(build: object) -> None:
+    """Of a document of 280 tokens, cut in three, nothing before its last part is read, and of the next one nothing."""
+    prompt = [3, 4, 5]
+    sequences = [[3 + place % 50 for place in range(280)], [8] * 70, [*prompt, 9, 10], [*prompt, 11], [*prompt, 12, 13]]
+    # The shared prompt stands at 350, its responses at 353, 355 and 356.
+    places_M = torch.tensor([357, 250, 186, 279, 352, 353, 355])
+    assert_a_whole_pass_gives_the_same(packing(build()), sequences, places_M, [0, 0, 3, 3, 3])  # type: ignore[operator]
+
+
+def test_tokens_that_nobody_reads_do_not_ask_in_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    apply = SpanAttention.apply
+
+    def counted(query_MHE: Tensor, key_NGE: Tensor, *others: object) -> Tensor:
+        seen.append((len(query_MHE), len(key_NGE)))
+        return apply(query_MHE, key_NGE, *others)
+
+    monkeypatch.setattr(SpanAttention, "apply", counted)
+    with torch.no_grad():
+        Trunk(packing(tiny_llama()), CPU).hidden_at(PackedBatch.of(SEQUENCES, CPU), None, PLACES_M)
+    tokens = sum(map(len, SEQUENCES))
+    assert seen == [(tokens, tokens), (len(PLACES_M), tokens)]
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
