@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from data.errors import UserError
 from stages.core.documents import Document
 from stages.core.kv_cache import DecodeStep, KvCache
-from stages.core.padded_attention import BUCKET_SHARE, Bucket, attend_padded, buckets_of
+from stages.core.padded_attention import BUCKET_SHARE, Bucket, attend_padded, buckets_of, padded_heads
 from stages.core.span_attention import SpanAttention, Spans, spans_of
 
 NAME = "packed"
@@ -48,8 +48,7 @@ class Layout:
 
     def takes_spans(self, dropout: float) -> bool:
         """Whether attention goes by spans: there, tokens that nobody reads need not ask."""
-        is_pass = self.step is None and self.fills is None and dropout == 0
-        return is_pass and self.device.type in SPAN_DEVICES
+        return self.step is None and dropout == 0 and self.device.type in SPAN_DEVICES
 
 
 def pack_layout(documents: Sequence[Document], device: torch.device, cache: KvCache | None = None) -> Layout:
@@ -93,6 +92,8 @@ def packed_attention(
         query, key, value = packed
         out = layout.step.attend(layer, query, torch.stack((key, value), 1), scale=scale, window=window)
     elif layout.takes_spans(dropout):
+        if layout.fills is not None:
+            layout.fills.fill(layer, *(padded_heads(each, layout.buckets)[0] for each in packed[1:]))
         asking_M = options.get("asking_M")
         spans = layout.spans.asked_by(asking_M) if isinstance(asking_M, Tensor) else layout.spans
         out = SpanAttention.apply(*packed, spans, scale, window)

@@ -124,6 +124,11 @@ def _window_mask(longest: int, window: int | None, device: torch.device) -> Tens
     return (distance_LL >= 0) & (distance_LL < window)
 
 
+def padded_heads(packed_NHE: Tensor, buckets: Sequence[Bucket]) -> list[Tensor]:
+    """Packed rows as BHLE of each bucket."""
+    return [each_BLHE.transpose(1, 2) for each_BLHE in Pad.apply(packed_NHE, buckets)]
+
+
 def attend_padded(
     packed: tuple[Tensor, Tensor, Tensor],
     buckets: Sequence[Bucket],
@@ -138,8 +143,7 @@ def attend_padded(
     `fill` is told the keys and values BGLE of each bucket.
     """
     outputs: list[Tensor] = []
-    for documents in zip(*(Pad.apply(each_NHE, buckets) for each_NHE in packed), strict=True):
-        query, key, value = (each_BLHE.transpose(1, 2) for each_BLHE in documents)
+    for query, key, value in zip(*(padded_heads(each_NHE, buckets) for each_NHE in packed), strict=True):
         if fill is not None:
             fill(key, value)
         mask = _window_mask(query.shape[2], window, query.device)

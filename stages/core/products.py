@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 TENSORS = len(Part._fields) - 1
-LAID_OUT = 2**18  # numbers of a float32 weight from which oneDNN's own layout pays at 8 rows; at 64 either is as good
+LAID_OUT = 2**17  # numbers of a float32 weight from which oneDNN's own layout pays at 8 to 64 rows
 
 
 def parts_from(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Part]:

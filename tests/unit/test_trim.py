@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.core import attention, blocks
+from stages.core.kv_cache import KvCache
 from stages.core.models import backbone
 from stages.core.sequences import PackedBatch, ResponseBatch
 from stages.core.span_attention import SpanAttention
@@ -76,7 +78,12 @@ def test_so_they_are_where_documents_are_cut_share_a_prompt_or_have_nobody_who_a
     assert_a_whole_pass_gives_the_same(packing(build()), sequences, places_M, [0, 0, 3, 3, 3])  # type: ignore[operator]
 
 
-def test_tokens_that_nobody_reads_do_not_ask_in_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fills", [False, True])
+def test_tokens_that_nobody_reads_do_not_ask_in_the_last_block(monkeypatch: pytest.MonkeyPatch, fills: bool) -> None:
+    """Nor do they where the pass fills a cache with everybody's keys."""
+    packed = PackedBatch.of(SEQUENCES, CPU)
+    if fills:
+        packed = replace(packed, layout=attention.pack_layout(packed.documents, CPU, KvCache(8)))
     seen: list[tuple[int, int]] = []
     apply = SpanAttention.apply
 
@@ -86,7 +93,7 @@ def test_tokens_that_nobody_reads_do_not_ask_in_the_last_block(monkeypatch: pyte
 
     monkeypatch.setattr(SpanAttention, "apply", counted)
     with torch.no_grad():
-        Trunk(packing(tiny_llama()), CPU).hidden_at(PackedBatch.of(SEQUENCES, CPU), None, PLACES_M)
+        Trunk(packing(tiny_llama()), CPU).hidden_at(packed, None, PLACES_M)
     tokens = sum(map(len, SEQUENCES))
     assert seen == [(tokens, tokens), (len(PLACES_M), tokens)]
 
