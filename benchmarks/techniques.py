@@ -146,6 +146,13 @@ def padded_attention() -> Iterator[None]:
 
 
 @contextmanager
+def whole_last_block() -> Iterator[None]:
+    """The last block on all tokens."""
+    with patch.object(passes, "trimmed", lambda *_: nullcontext()):
+        yield
+
+
+@contextmanager
 def by_the_model() -> Iterator[None]:
     """Decoding by transformers' forward pass, on the weights as they lie, adapters beside them."""
     with patch.object(decoding, "_packed_blocks", lambda model: None):
@@ -188,12 +195,8 @@ def training_comparisons(fp32: Bench, low: Bench, shared: Bench) -> list[tuple[s
             without(fp32.update, lambda: patch.object(bank, "token_logprobs", _logprobs)),
             fp32.update,
         ),
-        (
-            "last feed-forward part on read tokens only",
-            "update",
-            without(fp32.update, lambda: patch.object(passes, "trimmed", lambda *_: nullcontext())),
-            fp32.update,
-        ),
+        ("last block for read tokens only", "update", without(fp32.update, whole_last_block), fp32.update),
+        ("last block for read tokens only", "scoring", without(fp32.score, whole_last_block), fp32.score),
         (
             "padded attention: documents of like length together",
             "update",

@@ -185,7 +185,7 @@ class FastBlock(nn.Module):
             mixed_MD = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0].squeeze(0)
         else:
             mixed_MD = self._attend(inputs, layout, asking_M).to(x_ND.dtype)
-        if reads_M is not None and len(mixed_MD) > len(reads_M):
+        if reads_M is not None and (inputs is None or asking_M is None):  # all tokens asked
             mixed_MD = mixed_MD.index_select(0, reads_M)
         if inputs is not None:
             mixed_MD = self.self_attn.o_proj(mixed_MD)

@@ -246,6 +246,7 @@ def train_once(ppo: Ppo) -> dict[str, float]:
     release_heap()
     trained = time.perf_counter()
     figures = ppo.updater.update(experience, update, kl_coef)
+    ppo.updater.engine.discard()  # the last gradients would stay through a rollout and its scoring
     release_heap()
     update_seconds = time.perf_counter() - trained
     state.update, state.cursor = update, state.cursor + config.prompts_per_update
