@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data.chat import ChatEncoder
+from data.encoded import EncodedPreference
 from data.errors import UserError
 from data.rows import Text
 from stages.core import ranks
@@ -61,6 +62,13 @@ class RewardModel:
         return self.score_sequences(
             [self.encoder.score_tokens(prompt, response, finished=finished) for prompt, response, finished in texts]
         )
+
+    def score_pairs(self, pairs: Sequence[EncodedPreference]) -> list[tuple[float, float]]:
+        """The scores of both sides of each pair, chosen and rejected."""
+        scores = self.score_sequences(
+            [(side, pair.prompt_length) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        )
+        return list(zip(scores[::2], scores[1::2], strict=True))
 
     @torch.no_grad()
     def score_sequences(self, sequences: Sequence[tuple[list[int], int]]) -> list[float]:

@@ -156,12 +156,11 @@ def _judge_pairs(context: StageContext[EvalConfig], model: RewardModel, reports:
     prepared.report.check_refused(context.shared.max_refused)
     reports.append(prepared.report)
     rows = prepared.train
-    scores = model.score_sequences([(side, row.prompt_length) for row in rows for side in (row.chosen, row.rejected)])
     pairs = [
         JudgedPair(
             better, worse, len(row.chosen) - row.prompt_length, len(row.rejected) - row.prompt_length, row.p_chosen
         )
-        for better, worse, row in zip(scores[::2], scores[1::2], rows, strict=True)
+        for (better, worse), row in zip(model.score_pairs(rows), rows, strict=True)
     ]
     return {"pairs": float(len(pairs)), **reward_figures(pairs)}
 

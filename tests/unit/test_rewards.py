@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data.chat import ChatEncoder, load_tokenizer
+from data.encoded import EncodedPreference
 from data.errors import UserError
 from stages.core import attention
 from stages.core.models import load_model
@@ -171,6 +172,16 @@ def test_a_reward_model_reads_a_prompt_once_for_all_its_responses(
     together = model.score_sequences(sequences)
     assert read.pop() == [5, 6, 7, 9, 10, 11, 5, 6, 8, 9, 12]
     assert together == pytest.approx([model.score_sequences([each])[0] for each in sequences], abs=1e-5)
+
+
+def test_a_pair_has_the_score_of_each_side(tmp_path: Path) -> None:
+    model = tiny_reward_model(tmp_path)
+    sides = [([5, 6, 7, 9], [5, 6, 7, 10, 11]), ([8, 9], [8, 12])]
+    pairs = [EncodedPreference(*both, prompt_length=length) for both, length in zip(sides, (3, 1), strict=True)]
+    for (chosen, rejected), both in zip(model.score_pairs(pairs), sides, strict=True):
+        alone = [model.score_sequences([(side, 0)])[0] for side in both]
+        assert [chosen, rejected] == pytest.approx(alone, abs=1e-5)
+        assert abs(chosen - rejected) > 1e-3
 
 
 def test_a_reward_model_reads_the_end_of_what_is_beyond_its_positions(tmp_path: Path) -> None:
