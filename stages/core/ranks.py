@@ -194,15 +194,18 @@ def share(items: Sequence[ItemT]) -> Sequence[ItemT]:
 
 
 def balanced_share(items: Sequence[ItemT], sizes: Sequence[int]) -> list[ItemT]:
-    """This rank's part of `items` in their order, such that the parts' sums of `sizes` are about equal; may be empty.
+    """This rank's part of `items` in their order, parts of about equal sums of `sizes`; may be empty."""
+    owners = balanced_owners(sizes, _current.world_size)
+    return [item for item, owner in zip(items, owners, strict=True) if owner == _current.rank]
 
-    The largest go first, each to the rank that has least.
-    """
-    loads, owners = [0] * _current.world_size, [0] * len(items)
-    for place in sorted(range(len(items)), key=lambda place: -sizes[place]):
+
+def balanced_owners(sizes: Sequence[int], count: int) -> list[int]:
+    """Which of `count` owners has each: the largest go first, each to the one that has least."""
+    loads, owners = [0] * count, [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
         owners[place] = loads.index(min(loads))
         loads[owners[place]] += sizes[place]
-    return [item for item, owner in zip(items, owners, strict=True) if owner == _current.rank]
+    return owners
 
 
 def any_rank(flag: bool) -> bool:

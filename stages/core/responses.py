@@ -12,6 +12,7 @@ from torch import Tensor
 from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from stages.core import ranks
+from stages.core.portions import Row, share_rows, split_rows, tokens_of
 from stages.core.rewards import Answered
 from stages.core.rollout.protocol import Completion, EngineError, RolloutEngine, Sampling, rollout_seed
 from stages.core.sequences import ResponseBatch
@@ -55,30 +56,20 @@ class Responses:
         prompts = [self.prompts[row].tokens for row in rows]
         return ResponseBatch.of(prompts, [self.completions[row].tokens for row in rows], device)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of each response and its prompt."""
-        pairs = zip(self.prompts, self.completions, strict=True)
-        return [len(prompt.tokens) + len(completion.tokens) for prompt, completion in pairs]
+    def share(self, rows: Sequence[int]) -> list[int]:
+        """This rank's part of `rows`, in their order; may be empty."""
+        return [rows[place] for place in share_rows(self._read(rows))]
 
     def microbatches(self, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
-        """`rows` in consecutive groups whose batch has at most `max_tokens` tokens (a longer row stands alone).
+        """`rows` in consecutive groups whose batch has at most `max_tokens` tokens (a longer row stands alone)."""
+        return [[rows[place] for place in group] for group in split_rows(self._read(rows), max_tokens)]
 
-        A prompt counts once a group: a batch holds it once, however many responses to it there are.
-        """
-        groups: list[list[int]] = []
-        held: set[tuple[int, ...]] = set()
-        used = 0
-        for row in rows:
-            prompt, response = tuple(self.prompts[row].tokens), len(self.completions[row].tokens)
-            more = response if prompt in held else len(prompt) + response
-            if not groups or used + more > max_tokens:
-                groups.append([])
-                held, used, more = set(), 0, len(prompt) + response
-            groups[-1].append(row)
-            held.add(prompt)
-            used += more
-        return groups
+    def shortest(self, rows: Sequence[int]) -> int:
+        """The row with the fewest tokens."""
+        return min(rows, key=lambda row: tokens_of(self._read([row])))
+
+    def _read(self, rows: Sequence[int]) -> list[Row]:
+        return [Row(tuple(self.prompts[row].tokens), len(self.completions[row].tokens)) for row in rows]
 
     def answered(self) -> Answered:
         """The texts, for a scorer."""
@@ -148,7 +139,7 @@ def kl_per_response(
 
     Each rank asks for its part. `ref_logprobs` gives the reference's log-probabilities M of a batch's response tokens.
     """
-    own = ranks.balanced_share(range(len(responses.completions)), responses.sizes)
+    own = responses.share(range(len(responses.completions)))
     kls: list[tuple[int, float]] = []
     for rows in responses.microbatches(own, max_tokens):
         batch = responses.batch(rows, device)

@@ -200,7 +200,7 @@ class Collector:
         Each of its tensors has a value a response token, or one a response. Each rank asks for its part of the
         responses, and all get every value.
         """
-        own = ranks.balanced_share(range(len(responses.completions)), responses.sizes)
+        own = responses.share(range(len(responses.completions)))
         found: list[tuple[int, list[Tensor]]] = []
         for rows in responses.microbatches(own, self.config.microbatch_tokens):
             batch = responses.batch(rows, self.device)

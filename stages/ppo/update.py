@@ -150,12 +150,11 @@ class Updater:
         tokens = int(experience.loss_mask_BR[list(rows)].sum())
         # In their order: samples of one prompt stand side by side, and a microbatch holds their prompt once.
         training = sorted(row for row in rows if bool(experience.loss_mask_BR[row].any()))
-        responses, sizes = experience.responses, experience.responses.sizes
-        own = ranks.balanced_share(training, [sizes[row] for row in training])
-        groups = responses.microbatches(own, self.config.microbatch_tokens)
+        responses = experience.responses
+        groups = responses.microbatches(responses.share(training), self.config.microbatch_tokens)
         self.engine.discard()
         sums: dict[str, float] = defaultdict(float)
-        for group, counts in passes(self.engine, groups, [min(training, key=lambda row: sizes[row])]):
+        for group, counts in passes(self.engine, groups, [responses.shortest(training)]):
             for kind, compute in self._losses(experience, group, kl_coef, policy_trains=policy_trains):
                 self._pass(kind, compute, sums, tokens if counts else None)
         return _summed(ranks.gather_lists([dict(sums)]))

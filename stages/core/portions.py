@@ -1,0 +1,67 @@
+"""How rows divide into passes and over ranks, where several begin with one prompt: a pass reads that prompt once."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stages.core import ranks
+
+
+class Row(NamedTuple):
+    """A sequence of tokens, as what it takes to read it."""
+
+    prompt: tuple[int, ...]
+    own: int  # tokens behind the prompt
+
+
+def tokens_of(rows: Sequence[Row]) -> int:
+    """What one pass over the rows takes."""
+    return sum(row.own for row in rows) + sum(len(prompt) for prompt in {row.prompt for row in rows})
+
+
+def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
+    """Places of the rows in consecutive groups that take at most `max_tokens` tokens (a larger row stands alone)."""
+    groups: list[list[int]] = []
+    held: set[tuple[int, ...]] = set()
+    used = 0
+    for place, row in enumerate(rows):
+        more = row.own if row.prompt in held else len(row.prompt) + row.own
+        if not groups or used + more > max_tokens:
+            groups.append([])
+            held, used, more = set(), 0, len(row.prompt) + row.own
+        groups[-1].append(place)
+        held.add(row.prompt)
+        used += more
+    return groups
+
+
+def share_rows(rows: Sequence[Row]) -> list[int]:
+    """Places of this rank's part of the rows, in their order, such that the largest part is small; may be empty.
+
+    Whole prompts go to the ranks where that evens out, else the rows are cut as they stand: few prompts are torn.
+    """
+    here = ranks.current()
+    if not here.are_many:
+        return list(range(len(rows)))
+    divisions = _by_prompt(rows, here.world_size), _consecutive(rows, here.world_size)
+    return min(divisions, key=lambda parts: _largest(rows, parts))[here.rank]
+
+
+def _largest(rows: Sequence[Row], parts: Sequence[Sequence[int]]) -> int:
+    return max(tokens_of([rows[place] for place in part]) for part in parts)
+
+
+def _by_prompt(rows: Sequence[Row], parts: int) -> list[list[int]]:
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    sizes = [tokens_of([row for row in rows if row.prompt == prompt]) for prompt in prompts]
+    owners = dict(zip(prompts, ranks.balanced_owners(sizes, parts), strict=True))
+    return [[place for place, row in enumerate(rows) if owners[row.prompt] == part] for part in range(parts)]
+
+
+def _consecutive(rows: Sequence[Row], parts: int) -> list[list[int]]:
+    """The groups of `split_rows` for the lowest bound that makes no more of them than there are parts."""
+    low, high = 0, tokens_of(rows)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(split_rows(rows, middle)) <= parts else (middle + 1, high)
+    groups = split_rows(rows, low)
+    return groups + [[] for _ in range(parts - len(groups))]
