@@ -74,31 +74,42 @@ def supervised_seconds(section: SupervisedSection, stage: str, work: Work, machi
 
 
 def ppo_seconds(section: PpoConfig, work: Work, machine: Machine) -> Seconds:
-    """One update of PPO, as the slowest rank takes it: rollout by the trainer or by vLLM with the same device."""
+    """One update of PPO, as the slowest rank takes it: rollout by the trainer or by vLLM with the same device.
+
+    Samples of one prompt are taken to stand on one rank, in one minibatch and pass, as far as these hold them.
+    """
     ranks, shape = machine.spread.ranks, work.shape
-    responses = math.ceil(section.rollout_batch_size / ranks)
     response, prompt = _ANSWERED * section.response_length, work.mean_tokens
     length = prompt + response
-    tokens = responses * length
+    prompts, responses, tokens = _read(section, section.rollout_batch_size, ranks, prompt, response)
+    _, rows, minibatch = _read(section, section.minibatch_size, ranks, prompt, response)
+    steps = section.epochs * section.minibatches
     forward = pass_flops(shape, tokens, length, head_tokens=responses * response)
+    trained = steps * pass_flops(shape, minibatch, length, head_tokens=rows * response)
     has_trunk = section.has_critic and section.critic != "shared"
     models = sum(reward.function is None for reward in section.rewards)
     scoring = 1 + models + (1 if has_trunk else 0)  # reference, rewards, values
     worth = passes_of_training(full=work.tuning.method == "full", checkpointing=work.checkpointing)
     trained_models = 2 if has_trunk else 1
-    per_minibatch = math.ceil(math.ceil(section.minibatch_size / ranks) * length / section.microbatch_tokens)
-    steps = section.epochs * section.minibatches
+    per_minibatch = math.ceil(minibatch / section.microbatch_tokens)
     traffic, sent = _traffic(work, machine, per_minibatch * trained_models, trained_models)
-    rollout = decode_seconds(shape, machine, responses=responses, prompt=prompt, response=response)
+    rollout = decode_seconds(shape, machine, prompts=prompts, responses=responses, prompt=prompt, response=response)
     # For rollout and scoring together.
     gathered = _weight_bytes(work, machine) if machine.spread.stage == 3 else 0.0
     phases = {
         "rollout": rollout + machine.gather_seconds(gathered),
         "scoring": machine.compute_seconds(scoring * forward),
-        "update": machine.compute_seconds(section.epochs * worth * trained_models * forward),
+        "update": machine.compute_seconds(worth * trained_models * trained),
         "communication": steps * traffic,
     }
     return Seconds("update", phases, steps * sent + sent_bytes(gathered, machine.spread))
+
+
+def _read(section: PpoConfig, rows: int, ranks: int, prompt: float, response: float) -> tuple[int, int, float]:
+    """Of `rows` responses, one rank's prompts, responses and tokens of both."""
+    responses = math.ceil(rows / ranks)
+    prompts = math.ceil(responses / section.samples_per_prompt)
+    return prompts, responses, prompts * prompt + responses * response
 
 
 def _traffic(work: Work, machine: Machine, passes: float, models: int = 1) -> tuple[float, float]:

@@ -109,8 +109,13 @@ def passes_of_training(*, full: bool, checkpointing: bool) -> float:
     return 1 + (2 if full else 1) + (1 if checkpointing else 0)
 
 
-def decode_seconds(shape: ModelShape, machine: Machine, *, responses: float, prompt: float, response: float) -> float:
-    """Sampling on one device: each new token reads all weights once and the cache of every sequence."""
+def decode_seconds(
+    shape: ModelShape, machine: Machine, *, prompts: float, responses: float, prompt: float, response: float
+) -> float:
+    """Sampling `responses` to `prompts` on one device; `prompt` and `response` are their mean lengths.
+
+    Each prompt is read once, and each new token reads all weights once and the cache of every sequence.
+    """
     if responses <= 0:
         return 0.0
     size = BYTES[machine.dtype]
@@ -118,7 +123,7 @@ def decode_seconds(shape: ModelShape, machine: Machine, *, responses: float, pro
     cache = machine.read_seconds(shape.kv_cache_bytes(1, size) * (prompt + response / 2) * responses)
     arithmetic = machine.compute_seconds(pass_flops(shape, responses, prompt + response / 2, head_tokens=responses))
     step = max(weights + cache, arithmetic) + STEP_SECONDS * shape.layers / 32
-    return response * step + machine.compute_seconds(pass_flops(shape, responses * prompt, prompt))
+    return response * step + machine.compute_seconds(pass_flops(shape, prompts * prompt, prompt))
 
 
 def step_traffic(

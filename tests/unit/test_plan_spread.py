@@ -10,7 +10,7 @@ from pipeline.config import validate
 from pipeline.inputs import Run
 from pipeline.plan_choices import LADDER, Choice, Place, cheapest, stage_choices
 from pipeline.plan_memory import memory_estimate, peak_bytes
-from pipeline.plan_time import Work, supervised_seconds
+from pipeline.plan_time import Work, ppo_seconds, supervised_seconds
 from stages.core.config import Tuning
 from stages.core.memory import Spread, model_shape, share_bytes
 from stages.core.speed import (
@@ -23,6 +23,7 @@ from stages.core.speed import (
     sent_bytes,
     step_traffic,
 )
+from stages.ppo.config import PpoConfig
 from stages.sft.config import SftConfig
 
 # One block of hidden 4, feed-forward 8, 2 heads: 64 + 96 weights in its linear layers; vocabulary 10.
@@ -91,7 +92,7 @@ def test_a_gather_is_bound_by_the_slower_link() -> None:
 def test_decoding_reads_all_weights_for_every_token() -> None:
     machine = Machine(replace(PLAIN, flops={"float32": 1e30}), Spread(), "float32")
     weights, cache = 4 * (SHAPE.trunk_parameters + 40), 2 * 4 * 4 * (5 + 3 / 2)
-    seconds = decode_seconds(SHAPE, machine, responses=1, prompt=5, response=3)
+    seconds = decode_seconds(SHAPE, machine, prompts=1, responses=1, prompt=5, response=3)
     assert seconds == pytest.approx(3 * (weights + cache + 1e-3 / 32))
 
 
@@ -110,6 +111,26 @@ def test_a_supervised_step_by_hand() -> None:
     zero3 = supervised_seconds(section, "sft", work, replace(machine, spread=replace(machine.spread, strategy="zero3")))
     # gradients are reduced; 4 rows of a rank in 2 passes: so small a model's weights are gathered once in each
     assert zero3.sent_bytes == pytest.approx((1 + 2) * 4 * 212 / 2)
+
+
+@pytest.mark.parametrize(("samples", "prompts", "minibatch_prompts"), [(1, 8, 4), (4, 2, 1), (8, 1, 1)])
+def test_an_update_of_ppo_by_hand(samples: int, prompts: int, minibatch_prompts: int) -> None:
+    """Half of 16 responses of 3 tokens (three quarters of 4), and of minibatches of 8; prompts of 5 are read once."""
+    section = PpoConfig.model_validate(
+        {"prompts": [{"path": "x"}], "reward": {"model": "x"}, "response_length": 4, "epochs": 2}
+        | {"rollout_batch_size": 16, "minibatch_size": 8, "samples_per_prompt": samples, "critic": "adapter"}
+    )
+    work = Work(SHAPE, Tuning(), False, 5)
+    machine = Machine(PLAIN, Spread("ddp", ranks=2, ranks_per_node=2), "float32")
+    found = ppo_seconds(section, work, machine).phases
+    forward = pass_flops(SHAPE, prompts * 5 + 8 * 3, 8, head_tokens=8 * 3)
+    assert found["scoring"] == pytest.approx(3 * forward)  # reward model, reference, critic
+    trained = pass_flops(SHAPE, minibatch_prompts * 5 + 4 * 3, 8, head_tokens=4 * 3)
+    assert found["update"] == pytest.approx(2 * 2 * 2 * 2 * trained)  # epochs, minibatches, models, passes of each
+    more = decode_seconds(SHAPE, machine, prompts=prompts, responses=8, prompt=5, response=3)
+    assert found["rollout"] == pytest.approx(more)
+    read = more - decode_seconds(SHAPE, machine, prompts=0, responses=8, prompt=5, response=3)
+    assert read == pytest.approx(pass_flops(SHAPE, prompts * 5, 5))
 
 
 def test_zero_3_gathers_again_what_it_does_not_keep() -> None:
