@@ -1,6 +1,6 @@
 """How rows divide into passes and over ranks, where several begin with one prompt: a pass reads that prompt once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from stages.core import ranks
@@ -9,25 +9,32 @@ from stages.core import ranks
 class Row(NamedTuple):
     """A sequence of tokens, as what it takes to read it."""
 
-    prompt: tuple[int, ...]
-    own: int  # tokens behind the prompt
+    prompt: int  # the same number, the same prompt
+    prompt_tokens: int
+    own_tokens: int  # behind the prompt
+
+
+def number_prompts(rows: Iterable[tuple[Sequence[int], int]]) -> list[Row]:
+    """Rows of prompts and how many tokens stand behind each."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [Row(numbers.setdefault(tuple(prompt), len(numbers)), len(prompt), own) for prompt, own in rows]
 
 
 def tokens_of(rows: Sequence[Row]) -> int:
     """What one pass over the rows takes."""
-    return sum(row.own for row in rows) + sum(len(prompt) for prompt in {row.prompt for row in rows})
+    return sum(row.own_tokens for row in rows) + sum({row.prompt: row.prompt_tokens for row in rows}.values())
 
 
 def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[int]]:
     """Places of the rows in consecutive groups that take at most `max_tokens` tokens (a larger row stands alone)."""
     groups: list[list[int]] = []
-    held: set[tuple[int, ...]] = set()
+    held: set[int] = set()
     used = 0
     for place, row in enumerate(rows):
-        more = row.own if row.prompt in held else len(row.prompt) + row.own
+        more = row.own_tokens if row.prompt in held else row.prompt_tokens + row.own_tokens
         if not groups or used + more > max_tokens:
             groups.append([])
-            held, used, more = set(), 0, len(row.prompt) + row.own
+            held, used, more = set(), 0, row.prompt_tokens + row.own_tokens
         groups[-1].append(place)
         held.add(row.prompt)
         used += more
@@ -51,10 +58,13 @@ def _largest(rows: Sequence[Row], parts: Sequence[Sequence[int]]) -> int:
 
 
 def _by_prompt(rows: Sequence[Row], parts: int) -> list[list[int]]:
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    sizes = [tokens_of([row for row in rows if row.prompt == prompt]) for prompt in prompts]
-    owners = dict(zip(prompts, ranks.balanced_owners(sizes, parts), strict=True))
-    return [[place for place, row in enumerate(rows) if owners[row.prompt] == part] for part in range(parts)]
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.prompt, []).append(place)
+    sizes = [tokens_of([rows[place] for place in own]) for own in places.values()]
+    owners = ranks.balanced_owners(sizes, parts)
+    pairs = list(zip(places.values(), owners, strict=True))
+    return [sorted(place for own, owner in pairs if owner == part for place in own) for part in range(parts)]
 
 
 def _consecutive(rows: Sequence[Row], parts: int) -> list[list[int]]:

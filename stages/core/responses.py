@@ -12,7 +12,7 @@ from torch import Tensor
 from data.chat import ChatEncoder
 from data.encoded import EncodedPrompt
 from stages.core import ranks
-from stages.core.portions import Row, share_rows, split_rows, tokens_of
+from stages.core.portions import Row, number_prompts, share_rows, split_rows
 from stages.core.rewards import Answered
 from stages.core.rollout.protocol import Completion, EngineError, RolloutEngine, Sampling, rollout_seed
 from stages.core.sequences import ResponseBatch
@@ -66,10 +66,10 @@ class Responses:
 
     def shortest(self, rows: Sequence[int]) -> int:
         """The row with the fewest tokens."""
-        return min(rows, key=lambda row: tokens_of(self._read([row])))
+        return min(rows, key=lambda row: len(self.prompts[row].tokens) + len(self.completions[row].tokens))
 
     def _read(self, rows: Sequence[int]) -> list[Row]:
-        return [Row(tuple(self.prompts[row].tokens), len(self.completions[row].tokens)) for row in rows]
+        return number_prompts((self.prompts[row].tokens, len(self.completions[row].tokens)) for row in rows)
 
     def answered(self) -> Answered:
         """The texts, for a scorer."""

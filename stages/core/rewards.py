@@ -23,7 +23,7 @@ from data.encoded import EncodedPreference
 from data.errors import UserError
 from data.rows import Text
 from stages.core import ranks
-from stages.core.portions import Row, share_rows, split_rows
+from stages.core.portions import number_prompts, share_rows, split_rows
 from stages.core.sequences import PackedBatch
 from stages.core.trunk import Trunk
 
@@ -80,10 +80,10 @@ class RewardModel:
         """
         limit = getattr(self.trunk.model.config, "max_position_embeddings", None)
         sequences = [_within(tokens, prompt, limit or len(tokens)) for tokens, prompt in sequences]
-        read = [Row(tuple(tokens[:prompt]), len(tokens) - prompt) for tokens, prompt in sequences]
-        own = share_rows(read)
+        all_rows = number_prompts((tokens[:prompt], len(tokens) - prompt) for tokens, prompt in sequences)
+        own = share_rows(all_rows)
         scores: list[tuple[int, float]] = []
-        for group in split_rows([read[place] for place in own], self.batch_tokens):
+        for group in split_rows([all_rows[place] for place in own], self.batch_tokens):
             rows = [own[place] for place in group]
             tokens, prompts = zip(*(sequences[row] for row in rows), strict=True)
             packed = PackedBatch.of(tokens, self.trunk.device, prompts=prompts)

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.core import ranks
-from stages.core.portions import Row, share_rows, tokens_of
+from stages.core.portions import Row, number_prompts, share_rows, tokens_of
 
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 30)), min_size=1, max_size=24)
 
 
 def rows_of(*own: tuple[str, int], prompt: int = 10) -> list[Row]:
     """Rows by the name of their prompt and their own tokens."""
-    return [Row((ord(name),) * prompt, tokens) for name, tokens in own]
+    return [Row(ord(name), prompt, tokens) for name, tokens in own]
 
 
 def parts_of(rows: list[Row], world_size: int) -> list[list[int]]:
@@ -49,6 +49,12 @@ def test_fewer_rows_than_ranks_leave_some_without() -> None:
     assert sorted(map(len, parts_of(rows_of(("a", 5), ("b", 5)), 3))) == [0, 1, 1]
 
 
+def test_prompts_are_known_by_their_tokens() -> None:
+    rows = number_prompts([([1, 2], 5), ([1], 4), ([1, 2], 3), ([2, 1], 6), ([], 2)])
+    assert rows == [Row(0, 2, 5), Row(1, 1, 4), Row(0, 2, 3), Row(2, 2, 6), Row(3, 0, 2)]
+    assert tokens_of(rows) == 20 + 2 + 1 + 2
+
+
 def test_a_process_alone_has_everything() -> None:
     assert share_rows(rows_of(("a", 9), ("b", 1), ("a", 9))) == [0, 1, 2]
 
@@ -58,9 +64,9 @@ def test_every_row_has_one_rank_and_no_rank_has_much_more_than_its_share(
     drawn: list[tuple[int, int]], world_size: int
 ) -> None:
     """Of the rows cut as they stand, the largest part is at most an even share, a prompt anew and a row too much."""
-    rows = [Row((prompt,) * 7, own) for prompt, own in sorted(drawn)]
+    rows = [Row(prompt, 7, own) for prompt, own in sorted(drawn)]
     parts = parts_of(rows, world_size)
     assert sorted(place for part in parts for place in part) == list(range(len(rows)))
     assert all(part == sorted(part) for part in parts)
     largest = max(tokens_of([rows[place] for place in part]) for part in parts)
-    assert largest <= tokens_of(rows) / world_size + 7 + max(7 + row.own for row in rows)
+    assert largest <= tokens_of(rows) / world_size + 7 + max(7 + row.own_tokens for row in rows)
