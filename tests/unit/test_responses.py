@@ -45,3 +45,9 @@ def test_a_microbatch_holds_what_its_batch_has_room_for(budget: int, order: list
     assert [row for rows in groups for row in rows] == order
     assert all(tokens(rows) <= budget for rows in groups)
     assert all(tokens([*rows, following[0]]) > budget for rows, following in pairwise(groups))
+
+
+def test_the_shortest_row() -> None:
+    """5, 5, 3 and 6 tokens."""
+    assert responses().shortest(range(4)) == 2
+    assert responses().shortest([3, 1]) == 1

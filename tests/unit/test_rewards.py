@@ -1,6 +1,7 @@
 """Scores from functions and reward models: loading, checking, weighing."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,9 @@ def test_a_reward_model_reads_a_prompt_once_for_all_its_responses(
     together = model.score_sequences(sequences)
     assert read.pop() == [5, 6, 7, 9, 10, 11, 5, 6, 8, 9, 12]
     assert together == pytest.approx([model.score_sequences([each])[0] for each in sequences], abs=1e-5)
+    read.clear()
+    replace(model, batch_tokens=7).score_sequences(sequences)
+    assert read == [[5, 6, 7, 9, 10, 11], [5, 6, 8, 9], [5, 6, 7, 12]]  # a prompt held is not counted: 6, then 6 + 4
 
 
 def test_a_pair_has_the_score_of_each_side(tmp_path: Path) -> None:
